@@ -1,0 +1,1293 @@
+"""The Ordinal Diffusion Model: one script, read from top to bottom.
+
+    S. Takezaki and S. Uchida, "An Ordinal Diffusion Model for Generating Medical Images with
+    Different Severity Levels", ISBI 2024, arXiv 2403.00452.
+
+    python odm.py train                       # draws the embedded set, trains the small preset
+    python odm.py train --data data/limuc     # the paper's settings on LIMUC
+    python odm.py sample --class 3            # images of severity 3, from the newest run
+    python odm.py sample --class 0:3:0.25     # the same noise at rising severity
+
+Where the paper's equations are:
+
+    Eq. 1  the forward process, x_{t-1} -> x_t     alpha_bars, q_sample (t steps in one)
+    Eq. 2  one step of the backward process        ddim_sample (with eta = 1 and steps = T)
+    Eq. 3  L_DM, the loss of a diffusion model     dm_loss
+    Eq. 4  the order of the noise estimates        what ordinal_loss = 0 implies
+    Eq. 5  L_ordinal, the ordinal relationship     ordinal_loss
+    Eq. 6  d, the distance of two noise estimates  noise_distance
+    Eq. 7  three estimates on a line, in order     straightness (= 1); guided_eps (severity 1.5)
+    Eq. 8  L_total = L_DM + lambda_t L_ordinal     total_loss
+
+and its symbols: x_0 a clean image in [-1, 1], x_t the same after t of T noising steps, eps the noise
+in it, eps_hat the network's estimate eps_theta(x_t, t, c), c a class, p < q < r three classes in
+ascending severity, K the number of classes seen together in one "ladder" (3 in the paper's loss).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import filecmp
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that names the file or flag and says what to do."""
+
+
+# ---------------------------------------------------------------------------------- settings
+
+
+def setting(default, help: str, low=None, high=None, choices=None, free: bool = False):
+    """A field of Config. `free`: it may differ when a run is resumed."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, free=free))
+
+
+@dataclass
+class Config:
+    """Every setting of a training run, its default and where that comes from. Fields are flags of `train`."""
+
+    # data
+    data: str = setting("", "folder of graded images (none: the embedded set is drawn)", free=True)
+    out: str = setting("", "folder of the run (none: runs/NAME, after the data)", free=True)
+    size: int = setting(64, "image side in pixels (paper)", low=4, high=1024)
+    crop: int = setting(0, "side of the centre crop; 0: 128 for 352x288 frames (paper), else the middle square", low=0)
+    order: str = setting("", "class names in ascending severity, A,B,C (where names carry no number)")
+    flip: bool = setting(True, "random horizontal flips (Ho et al.)")
+    # forward process
+    timesteps: int = setting(1000, "T, steps of the forward process (paper)", low=1)
+    beta_1: float = setting(1e-4, "noise schedule at t = 1 (paper)", low=1e-8, high=0.999)
+    beta_T: float = setting(0.02, "noise schedule at t = T (paper)", low=1e-8, high=0.999)
+    # losses
+    ordinal: float = setting(1.0, "W, a factor on lambda_t; 1 is the paper's Eq. 8, 0 the plain diffusion model", low=0.0)
+    ladder: str = setting("labels", "labels: one x_t under K labels (Fig. 2, Eq. 7); images: K images, one noise (Eqs. 4-6 to the letter)", choices=("labels", "images"))
+    distance: str = setting("euclidean", "d of Eq. 6; squared is the printed form, which contradicts Eq. 7", choices=("euclidean", "squared"))
+    spacing: bool = setting(False, "ask also for d(p,q) : d(q,r) = (q-p) : (r-q) (the paper's first future work)")
+    rungs: int = setting(3, "K, classes in a ladder; 0: all (ours: 3 is Eq. 5's p, q, r)", low=0)
+    ladder_part: float = setting(0.25, "labels: part of the batch seen under K labels (ours: a step costs 1.5 of DM's)", low=0.0, high=1.0)
+    balance: str = setting("data", "classes in L_DM: at their frequency in the data (Eq. 3) or even", choices=("data", "uniform"))
+    class_dropout: float = setting(0.1, "probability of the null class, for guidance (Ho & Salimans)", low=0.0, high=1.0)
+    # U-Net
+    ch: int = setting(128, "channels at full resolution (Ho et al.)", low=4)
+    ch_mult: tuple = setting((1, 2, 2, 2), "channel multiplier of each resolution (Ho et al.)", low=1)
+    blocks: int = setting(2, "residual blocks at each resolution (Ho et al.)", low=1)
+    attention: tuple = setting((16,), "sides of the feature maps with self-attention (Ho et al.)", low=1)
+    dropout: float = setting(0.1, "dropout in the residual blocks (Ho et al.)", low=0.0, high=0.99)
+    # training
+    batch: int = setting(32, "images a step, over all processes (paper)", low=1)
+    steps: int = setting(200_000, "training steps (paper)", low=1, free=True)
+    lr: float = setting(1e-4, "Adam's learning rate (paper)", low=0.0)
+    warmup: int = setting(5000, "steps of linear warm-up (Ho et al.)", low=0)
+    clip: float = setting(1.0, "limit of the gradient's norm (Ho et al.)", low=1e-8)
+    ema: float = setting(0.9999, "decay of the averaged weights that sampling uses (Ho et al.)", low=0.0, high=1.0)
+    seed: int = setting(0, "a batch is a function of (seed, step)", low=0)
+    # sampling, for the sheets drawn while training and as the default of `sample`
+    sample_steps: int = setting(100, "DDIM steps (paper)", low=1)
+    guidance: float = setting(2.0, "scale s of classifier-free guidance (paper); 1 is none", low=0.0)
+    # machinery
+    log_every: int = setting(100, "steps between measurements of straightness", low=1)
+    save_every: int = setting(2000, "steps between checkpoints", low=1, free=True)
+    sheet_every: int = setting(10_000, "steps between sheets of samples; 0: only at the end", low=0, free=True)
+    device: str = setting("auto", "cpu, cuda, ...; auto: the GPU if there is one", free=True)
+
+
+# Small enough for two cores and a few minutes: 32x32 images, 1.2 M parameters.
+SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(16,), dropout=0.0, batch=16, steps=1600,
+             lr=1e-3, warmup=100, ema=0.999, sample_steps=50, log_every=50, save_every=200, sheet_every=400)
+
+
+# --------------------------------------------------------------------- forward process (Eq. 1)
+
+
+def alpha_bars(config: Config) -> Tensor:
+    """alpha_bar_t = alpha_1 ... alpha_t for t = 0..T: (T+1,) float64, with alpha_bar_0 = 1.
+
+    alpha_t = 1 - beta_t and beta_t = (beta_T - beta_1) (t - 1) / (T - 1) + beta_1 (below Eq. 1).
+    """
+    beta = torch.linspace(config.beta_1, config.beta_T, config.timesteps, dtype=torch.float64)
+    return torch.cat([beta.new_ones(1), (1 - beta).cumprod(0)])
+
+
+def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps: Eq. 1 applied t times.
+
+    x_0, eps: (B, ...); t: (B,) long in 0..T; alpha_bar: (T+1,). At t = 0 it is x_0.
+    """
+    a = alpha_bar[t].view(-1, *[1] * (x_0.dim() - 1))
+    return a.sqrt().to(x_0.dtype) * x_0 + (1 - a).sqrt().to(x_0.dtype) * eps
+
+
+# ----------------------------------------------------------------------- losses (Eqs. 3 to 8)
+
+
+def dm_loss(eps: Tensor, eps_hat: Tensor) -> Tensor:
+    """L_DM of Eq. 3 as the mean over the entries of each image: (B, ...) -> (B,) float32."""
+    return (eps - eps_hat).float().square().flatten(1).mean(1)
+
+
+def noise_distance(a: Tensor, b: Tensor, distance: str = "euclidean") -> Tensor:
+    """d(a, b) of Eq. 6 between noise estimates: (G, ...) and (G, ...) -> (G,).
+
+    `euclidean` is the root mean square of a - b, `squared` its mean square, the form printed in Eq. 6.
+    Means over the D entries in place of sums divide Eq. 8 by D as a whole (euclidean), so that the
+    balance of its terms is the paper's at any image size.
+    """
+    difference = (a - b).flatten(1)
+    if distance == "squared":
+        return difference.square().mean(1)
+    return torch.linalg.vector_norm(difference, dim=1) / math.sqrt(difference.shape[1])  # gradient at 0 is 0
+
+
+def ladder_distances(eps_hat: Tensor, distance: str) -> dict[tuple[int, int], Tensor]:
+    """d of every pair p < q of the K estimates in each ladder: eps_hat (G, K, ...) -> {(p, q): (G,)}."""
+    eps_hat = eps_hat.to(torch.promote_types(eps_hat.dtype, torch.float32))  # also under bfloat16 autocast
+    pairs = itertools.combinations(range(eps_hat.shape[1]), 2)
+    return {(p, q): noise_distance(eps_hat[:, p], eps_hat[:, q], distance) for p, q in pairs}
+
+
+def ordinal_loss(eps_hat: Tensor, distance: str = "euclidean", severity: Tensor | None = None) -> Tensor:
+    """L_ordinal of Eq. 5, the mean over all triplets p < q < r of each ladder: (G, K, ...) -> (G,).
+
+    eps_hat holds K >= 3 noise estimates of one x_t (or of one noise) in ascending severity. Zero when
+    they lie on a line, in order (Eqs. 4 and 7), by the triangle inequality; that is true of
+    distance="euclidean". With "squared", Eq. 6 as printed, d(p,r) - d(p,q) - d(q,r) = 2 <p-q, q-r>,
+    which is zero where the angle at q is a right angle instead.
+
+    severity (G, K): the severities of the K classes. If given, the class distances are respected too
+    (`--spacing`, the paper's first future work): d(p,q) and d(q,r) should be the shares (q-p)/(r-p)
+    and (r-q)/(r-p) of d(p,r), which fixes alpha = (r-q)/(r-p) in Eq. 7.
+    """
+    if eps_hat.shape[1] < 3:
+        raise ValueError(f"a ladder needs 3 classes or more, got {eps_hat.shape[1]}")
+    d = ladder_distances(eps_hat, distance)
+    losses = []
+    for p, q, r in itertools.combinations(range(eps_hat.shape[1]), 3):
+        if severity is None:
+            losses.append((d[p, r] - (d[p, q] + d[q, r])).square())
+        else:
+            share = (severity[:, q] - severity[:, p]) / (severity[:, r] - severity[:, p])
+            losses.append((share * d[p, r] - d[p, q]).square() + ((1 - share) * d[p, r] - d[q, r]).square())
+    return torch.stack(losses).mean(0)
+
+
+def straightness(eps_hat: Tensor) -> Tensor:
+    """d(p,r) / (d(p,q) + d(q,r)), Euclidean, the mean over triplets: (G, K, ...) -> (G,) in (0, 1].
+
+    1 exactly when Eq. 7 holds; 0.5 for an equilateral triangle. Estimates that coincide count as 1, so
+    read it beside the gap d(first, last): a network that ignores the class is straight too.
+    """
+    d = ladder_distances(eps_hat, "euclidean")
+    ratios = []
+    for p, q, r in itertools.combinations(range(eps_hat.shape[1]), 3):
+        path = d[p, q] + d[q, r]
+        ratios.append(torch.where(path > 0, d[p, r] / path, 1.0))
+    return torch.stack(ratios).mean(0)
+
+
+def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_bar: Tensor, config: Config):
+    """L_total = L_DM + W lambda_t L_ordinal of Eq. 8, lambda_t = t / T: scalars (total, L_DM, ordinal part).
+
+    One forward pass serves both losses. Its first B rows are the B noised images, each under its own
+    label: L_DM reads those. The rows of `batch.ladder` (G, K) form the ladders that L_ordinal reads.
+    """
+    x_t = q_sample(x_0, batch.t, eps, alpha_bar)
+    eps_hat = model(x_t[batch.image], batch.t[batch.image], batch.label, batch.image)
+    dm = (batch.weight * dm_loss(eps, eps_hat[: len(eps)])).sum()
+    if not len(batch.ladder):
+        return dm, dm, torch.zeros_like(dm)
+    lambda_t = batch.t[batch.image[batch.ladder[:, 0]]] / config.timesteps
+    severity = batch.severity if config.spacing else None
+    ordinal = ordinal_loss(eps_hat[batch.ladder], config.distance, severity)
+    ordinal = (batch.ladder_weight * lambda_t * ordinal).sum()
+    return dm + config.ordinal * ordinal, dm, ordinal
+
+
+# ------------------------------------------------ sampling: guidance and DDIM (Eq. 2, Eq. 7)
+
+
+def guided_eps(model: Callable, x_t: Tensor, t: Tensor, severity: Tensor, scale: float) -> Tensor:
+    """The noise estimate of a severity, with classifier-free guidance: (B, 3, H, W).
+
+    severity: (B,) float in 0..C-1, a class index or a point between two: severity 1.5 is
+    0.5 eps_1 + 0.5 eps_2, since the estimates lie on a line (Eq. 7). Keep it on the CPU: it is
+    looked at to decide which classes are evaluated, all in one batch with the null class.
+    eps = eps_null + s (eps_c - eps_null); s = 1 is the conditional model, s = 0 the unconditional one
+    (Ho & Salimans write w = s - 1).
+    """
+    lower, upper = severity.floor(), severity.ceil()
+    labels = [lower] if torch.equal(lower, upper) else [lower, upper]
+    if scale != 1:
+        labels.append(torch.full_like(severity, model.num_classes))  # the null class
+    n = len(labels)
+    labels = torch.cat(labels).long().to(x_t.device)
+    eps = list(model(x_t.repeat(n, 1, 1, 1), t.repeat(n), labels).float().chunk(n))
+    null = eps.pop() if scale != 1 else 0
+    eps_c = eps[0]
+    if len(eps) == 2:
+        share = (severity - lower).to(x_t).view(-1, 1, 1, 1)
+        eps_c = (1 - share) * eps[0] + share * eps[1]
+    return eps_c if scale == 1 else null + scale * (eps_c - null)
+
+
+def ddim_sample(eps_fn: Callable, x_T: Tensor, alpha_bar: Tensor, steps: int, eta: float = 0.0, clip: bool = True,
+                noise: Callable = torch.randn_like) -> Tensor:
+    """Draw x_0 from x_T by DDIM (Song et al. 2021, Eq. 12): (B, ...) -> (B, ...).
+
+    eps_fn(x_t, t) estimates the noise, t: (B,) long. `steps` of 1..T, evenly spaced, the first at t = T,
+    the last landing at t = 0 where alpha_bar = 1. eta = 0 is deterministic; eta = 1 with steps = T is
+    ancestral sampling: Eq. 2, with the variance of the posterior for sigma_t^2. `clip` keeps the
+    estimate of x_0 in [-1, 1]. noise(x) draws z of Eq. 2 (used where eta > 0).
+    """
+    times = torch.linspace(len(alpha_bar) - 1, 0, steps + 1).round().long().tolist()
+    x = x_T
+    for t, s in zip(times[:-1], times[1:]):  # from x_t to x_s, s < t
+        a_t, a_s = alpha_bar[t].item(), alpha_bar[s].item()
+        eps = eps_fn(x, torch.full((len(x),), t, device=x.device))
+        x_0 = (x - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)
+        if clip:
+            x_0 = x_0.clamp(-1, 1)
+            eps = (x - math.sqrt(a_t) * x_0) / math.sqrt(1 - a_t)
+        sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
+        x = math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s - sigma**2) * eps
+        if sigma > 0:
+            x = x + sigma * noise(x)
+    return x
+
+
+# ------------------------------------------------------ U-Net of Ho et al. (2020), as published
+
+
+def glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:
+    """Glorot-uniform weights and zero biases."""
+    nn.init.xavier_uniform_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(c_in: int, c_out: int, kernel: int = 3, gain: float = 1.0, **kwargs) -> nn.Module:
+    return glorot(nn.Conv2d(c_in, c_out, kernel, **{"padding": kernel // 2, **kwargs}), gain)
+
+
+def norm(channels: int, groups: int) -> nn.Module:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+NEARLY_ZERO = 1e-5  # gain of each residual branch's last layer: at first a block is the identity
+
+
+def time_embedding(t: Tensor, ch: int) -> Tensor:
+    """[sin, cos] of t at ch/2 frequencies exp(-i ln(10000) / (ch/2 - 1)): (B,) -> (B, ch)."""
+    half = ch // 2
+    frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
+    angle = t[:, None].float() * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask belongs to an image, not to a row of the batch.
+
+    The rows of a ladder that show one image under K labels share its mask: their estimates then differ
+    by the class alone, not by the noise of K masks, which no loss could put on a line.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, h: Tensor, image: Tensor | None) -> Tensor:
+        if not self.training or self.p == 0:
+            return h
+        keep = torch.rand_like(h) >= self.p
+        return h * (keep if image is None else keep[image]) / (1 - self.p)
+
+
+class Block(nn.Module):
+    """norm, swish, conv; add the embedding; norm, swish, dropout, conv; add the input; then attention."""
+
+    def __init__(self, c_in: int, c_out: int, c_emb: int, groups: int, dropout: float, attention: bool):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in, groups), conv(c_in, c_out)
+        self.emb = glorot(nn.Linear(c_emb, c_out))
+        self.norm2, self.conv2 = norm(c_out, groups), conv(c_out, c_out, gain=NEARLY_ZERO)
+        self.dropout = Dropout(dropout)
+        self.shortcut = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out, groups) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor, image: Tensor | None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h)), image))
+        return self.attention(self.shortcut(x) + h)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the H*W positions, added to its input."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = norm(channels, groups)
+        self.q, self.k, self.v = (conv(channels, channels, 1) for _ in range(3))
+        self.out = conv(channels, channels, 1, gain=NEARLY_ZERO)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' C^-0.5) v
+        return x + self.out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Down(nn.Module):
+    """Half the resolution: 3x3 convolution, stride 2, padded at the right and below only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv(channels, channels, stride=2, padding=0)
+
+    def forward(self, x: Tensor, emb: Tensor, image: Tensor | None) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    """Twice the resolution: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv(channels, channels)
+
+    def forward(self, x: Tensor, emb: Tensor, image: Tensor | None) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t, c). With the paper's settings: 35,746,307 parameters and the class embedding."""
+
+    def __init__(self, config: Config, num_classes: int):
+        super().__init__()
+        ch, c_emb, side = config.ch, 4 * config.ch, config.size
+        groups = math.gcd(32, ch // 4)  # 32 at ch = 128, as published; fewer where the network is narrow
+
+        def block(c_in: int, c_out: int, attention: bool) -> Block:
+            return Block(c_in, c_out, c_emb, groups, config.dropout, attention)
+
+        self.ch, self.num_classes = ch, num_classes
+        self.time = nn.Sequential(glorot(nn.Linear(ch, c_emb)), nn.SiLU(), glorot(nn.Linear(c_emb, c_emb)))
+        self.label = nn.Embedding(num_classes + 1, c_emb)  # the last row is the null class
+        self.conv_in = conv(3, ch)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c, skips = ch, [ch]
+        for level, mult in enumerate(config.ch_mult):
+            for _ in range(config.blocks):
+                self.down.append(block(c, mult * ch, side in config.attention))
+                c = mult * ch
+                skips.append(c)
+            if level < len(config.ch_mult) - 1:
+                self.down.append(Down(c))
+                skips.append(c)
+                side //= 2
+        self.middle = nn.ModuleList([block(c, c, True), block(c, c, False)])
+        for level, mult in reversed(list(enumerate(config.ch_mult))):
+            for _ in range(config.blocks + 1):
+                self.up.append(block(c + skips.pop(), mult * ch, side in config.attention))
+                c = mult * ch
+            if level > 0:
+                self.up.append(Up(c))
+                side *= 2
+        self.norm_out, self.conv_out = norm(c, groups), conv(c, 3, gain=NEARLY_ZERO)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor, image: Tensor | None = None) -> Tensor:
+        """x_t (B, 3, H, W), t (B,) long in 1..T, c (B,) long in 0..C, C being the null class -> (B, 3, H, W).
+
+        image (B,) long: which image each row shows, where one is shown several times (see Dropout).
+        """
+        emb = self.time(time_embedding(t, self.ch)) + self.label(c)
+        h = self.conv_in(x_t)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb, image)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb, image)
+        for layer in self.up:
+            if isinstance(layer, Block):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = layer(h, emb, image)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+# -------------------------------------------------------------------------------------- data
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+MAX_PIXELS = 100_000_000
+
+
+@dataclass
+class Classes:
+    """The ordered classes of a data set: names in ascending severity, their severities, images of each."""
+
+    names: list[str]
+    severities: list[float]
+    counts: list[int]
+
+
+def list_images(root: str | Path) -> list[Path]:
+    """Image files anywhere below root, sorted; hidden files, other files and linked folders are passed over."""
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "__MACOSX"]
+        found += [Path(folder, f) for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
+    return sorted(found)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as RGB: turned upright (EXIF), alpha on black, 16 bits scaled to 8, first frame."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16-bit grey; converting to RGB would clip it
+                    image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+                elif image.mode == "F":
+                    raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+                return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not readable as an image ({reason}); repair or remove it") from None
+
+
+def to_square(image: Image.Image, size: int, crop: int) -> np.ndarray:
+    """The middle crop x crop pixels, resized: (3, size, size) uint8. crop = 0: see Config."""
+    side = crop or (128 if image.size == (352, 288) else min(image.size))  # Section 4.1.1
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def number_in(name: str) -> float | None:
+    """The number in a class name ("Mayo 2" -> 2); None where there is none, or more than one."""
+    numbers = re.findall(r"\d+(?:\.\d+)?", name)
+    return float(numbers[0]) if len(numbers) == 1 else None
+
+
+def rank_classes(found: set[str], order: str = "") -> dict[str, float]:
+    """{class name: severity} in ascending severity, by --order or by the number in each name."""
+    hint = "pass --order with the names in ascending severity, separated by commas"
+    for name in found:
+        if not name or name in (".", "..") or re.search(r'[/\\:*?"<>|\x00-\x1f]', name):
+            raise UserError(f"class name {name!r} cannot be the name of a folder: rename it")
+    if order:
+        names = [name.strip() for name in order.split(",")]
+        if set(names) != found or len(names) != len(found):
+            raise UserError(f"--order {order}: the data's classes are {', '.join(sorted(found))}; name each of them once")
+        return {name: float(i) for i, name in enumerate(names)}
+    severity = {name: number_in(name) for name in found}
+    for name, number in sorted(severity.items()):
+        if number is None:
+            raise UserError(f"class {name!r} has no order that a program may guess (found: {', '.join(sorted(found))}): {hint}")
+        if list(severity.values()).count(number) > 1:
+            same = sorted(n for n in found if severity[n] == number)
+            raise UserError(f"classes {' and '.join(map(repr, same))} have the same number: {hint}, or rename one")
+    return dict(sorted(severity.items(), key=lambda item: item[1]))
+
+
+def labels_from_csv(root: Path, paths: list[Path]) -> tuple[list[tuple[Path, str]], list[str]] | None:
+    """(path, class) from a CSV with columns image, level, as EyePACS has; None where there is no such file."""
+    for file in sorted(root.rglob("*.csv")):
+        with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
+            rows = csv.reader(stream)
+            header = [column.strip().lower() for column in next(rows, [])]
+            if not {"image", "level"} <= set(header):
+                continue
+            image, level = header.index("image"), header.index("level")
+            wanted = {Path(r[image].strip()).stem if Path(r[image].strip()).suffix.lower() in SUFFIXES else r[image].strip():
+                      r[level].strip() for r in rows if len(r) > max(image, level)}
+        by_stem = {path.stem: path for path in reversed(paths)}
+        pairs = [(by_stem[stem], name) for stem, name in wanted.items() if stem in by_stem]
+        notes = [f"{file.name} lists {len(wanted):,} images"]
+        if missing := len(wanted) - len(pairs):
+            notes.append(f"{missing:,} of them are missing")
+        if others := len(paths) - len(pairs):
+            notes.append(f"{others:,} other images passed over")
+        return pairs, notes
+    return None
+
+
+def labels_from_folders(root: Path, paths: list[Path], order: str) -> tuple[list[tuple[Path, str]], list[str]]:
+    """(path, class) by parent folder. In a stray subfolder of a class folder, the class folder counts."""
+    holders = {path.parent for path in paths}
+    named = set(order.split(",")) if order else set()
+    pairs, first, loose, copies = [], {}, 0, 0
+    for path in paths:
+        chain = [p for p in path.parents if root in p.parents]  # nearest first, root left out
+        if not chain:
+            loose += 1
+            continue
+        chain = chain[max(i for i, p in enumerate(chain) if p in holders):]  # from the outermost holder of images
+        folder = next((p for p in chain if p.name in named or number_in(p.name) is not None), chain[0])
+        twin = first.setdefault((folder.name, path.name), path)
+        if twin is not path and filecmp.cmp(twin, path, shallow=False):
+            copies += 1
+        else:
+            pairs.append((path, folder.name))
+    notes = []
+    if copies:
+        notes.append(f"{copies:,} files that are there twice (same class, name and content) taken once")
+    if loose:
+        notes.append(f"{loose:,} images outside any class folder passed over")
+    return pairs, notes
+
+
+def find_images(root: str | Path, order: str = "") -> tuple[list[Path], list[int], Classes, list[str]]:
+    """Paths, class index of each, the classes, and remarks on what was left out."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder (data/README.md says how to get the data sets)")
+    root = root.resolve()
+    paths = list_images(root)
+    if not paths:
+        raise UserError(f"{root}: no images in it ({', '.join(sorted(SUFFIXES))})")
+    pairs, notes = labels_from_csv(root, paths) or labels_from_folders(root, paths, order)
+    if not pairs:
+        raise UserError(f"{root}: no image has a class; put each in a folder named after its class, as data/README.md shows")
+    severity = rank_classes({name for _, name in pairs}, order)
+    if len(severity) < 2:
+        raise UserError(f"{root}: one class only ({', '.join(severity)}); name the folder that holds all class folders")
+    index = {name: i for i, name in enumerate(severity)}
+    counts = Counter(name for _, name in pairs)
+    classes = Classes(list(severity), list(severity.values()), [counts[name] for name in severity])
+    return [path for path, _ in pairs], [index[name] for _, name in pairs], classes, notes
+
+
+def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = "", say: Callable = lambda line: None):
+    """Graded images as (uint8 (N, 3, size, size), labels long (N,), class names in ascending severity).
+
+    Reads LIMUC, EyePACS and any tree of class folders as distributed (data/README.md); an image's class
+    is its parent folder's name, or its level in a CSV. Raises UserError naming the file or flag.
+    """
+    images, labels, classes = load_classes(root, size, crop, order, say)
+    return images, labels, classes.names
+
+
+def load_classes(root: str | Path, size: int, crop: int, order: str, say: Callable) -> tuple[Tensor, Tensor, Classes]:
+    """load_images with the whole of Classes."""
+    paths, labels, classes, notes = find_images(root, order)
+
+    def load(path: Path) -> np.ndarray | UserError:
+        try:
+            image = read_image(path)
+            if crop > min(image.size):
+                raise UserError(f"--crop {crop}: {path} has only {image.width}x{image.height} pixels")
+            return to_square(image, size, crop)
+        except UserError as error:
+            return error
+
+    say(f"{root}: " + ", ".join(f"{n} {c:,}" for n, c in zip(classes.names, classes.counts)) + "".join(f"; {note}" for note in notes))
+    with ThreadPoolExecutor() as pool:
+        loaded = list(pool.map(load, paths))
+    if errors := [item for item in loaded if isinstance(item, UserError)]:
+        raise UserError(str(errors[0]) + (f" (and {len(errors) - 1} more such files)" if len(errors) > 1 else ""))
+    return torch.from_numpy(np.stack(loaded)), torch.tensor(labels), classes
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Batch:
+    """What a training step sees: B images, R >= B rows of the network, G ladders of K rows."""
+
+    index: Tensor  # (B,) images of the data set
+    flip: Tensor  # (B,) which of them are mirrored
+    noise: Tensor  # (B,) which eps each takes: rungs of an `images` ladder share one
+    t: Tensor  # (B,) timesteps 1..T
+    weight: Tensor  # (B,) weights in L_DM, 1/B each or for --balance
+    image: Tensor  # (R,) which of the B images each row shows; the first B rows show each once
+    label: Tensor  # (R,) the class each row is shown under, C being the null class
+    ladder: Tensor  # (G, K) rows, in ascending severity
+    ladder_weight: Tensor  # (G,) weights in L_ordinal: even, 0 where the ladder holds the null class
+    severity: Tensor  # (G, K) of the classes in a ladder
+
+    def to(self, device) -> Batch:
+        return Batch(**{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
+
+    def part(self, rank: int, world: int) -> Batch:
+        """The share of one of `world` processes. No ladder is split; weights stay those of the whole."""
+        unit = torch.arange(len(self.index))  # what must stay together: the rows that share a noise
+        _, unit = torch.unique(self.noise, return_inverse=True)
+        mine = unit * world // (unit.max() + 1) == rank
+        rows = mine[self.image]  # the rows that show my images
+        ladders = rows[self.ladder[:, 0]] if len(self.ladder) else torch.zeros(0, dtype=torch.bool)
+        new_image, new_row = mine.cumsum(0) - 1, rows.cumsum(0) - 1  # old number -> new number
+        return Batch(self.index[mine], self.flip[mine], self.noise[mine], self.t[mine], self.weight[mine],
+                     new_image[self.image[rows]], self.label[rows], new_row[self.ladder[ladders]],
+                     self.ladder_weight[ladders], self.severity[ladders])
+
+
+class Batches:
+    """Batch number `step` is a function of (seed, step): a resumed run needs no loader state."""
+
+    def __init__(self, config: Config, labels: Tensor, severities: Sequence[float]):
+        self.config, self.labels, self.severities = config, labels.cpu(), torch.tensor(severities)
+        self.count = self.labels.bincount(minlength=len(severities))
+        self.by_class = self.labels.argsort(stable=True)
+        self.start = self.count.cumsum(0) - self.count
+        self.K = min(config.rungs or len(severities), len(severities))
+
+    def pick(self, c: Tensor, rng: torch.Generator) -> Tensor:
+        """A random image of each class in c: (B,) -> (B,)."""
+        u = torch.rand(len(c), generator=rng, dtype=torch.float64)
+        return self.by_class[self.start[c] + (u * self.count[c]).long()]
+
+    def draw(self, step: int) -> Batch:
+        config, C, K = self.config, len(self.severities), self.K
+        rng = torch.Generator().manual_seed(seed_of(config.seed, step))
+        B = config.batch
+        if config.balance == "uniform":
+            index = self.pick(torch.randint(C, (B,), generator=rng), rng)
+        else:
+            index = torch.randint(len(self.labels), (B,), generator=rng)
+        flip = (torch.rand(B, generator=rng) < 0.5) & config.flip
+        t = torch.randint(1, config.timesteps + 1, (B,), generator=rng)
+        dropped = torch.rand(B, generator=rng) < config.class_dropout  # a coin for each image
+        noise, weight = torch.arange(B), torch.full((B,), 1 / B)
+        image, extra = torch.arange(B), torch.zeros(0, dtype=torch.long)
+        ladder, classes = torch.zeros(0, K, dtype=torch.long), torch.zeros(0, K, dtype=torch.long)
+
+        if config.ordinal > 0 and C >= 3 and config.ladder == "images":
+            # K images of K classes, one noise, one t; L_DM is read off each of them.
+            G = B // K
+            ladder = torch.arange(G * K).view(G, K)
+            classes = torch.rand(G, C, generator=rng).argsort(1)[:, :K].sort(1).values
+            index[: G * K] = self.pick(classes.flatten(), rng)
+            noise[: G * K] = ladder[:, :1].expand(G, K).flatten()
+            t = t[noise]
+            if config.balance == "data":  # classes were drawn evenly: weight them back to their frequency
+                weight[: G * K] *= C * self.count[classes.flatten()] / len(self.labels)
+        elif config.ordinal > 0 and C >= 3:
+            # One image under its own label, in the rows of L_DM, and under K - 1 others, in extra rows.
+            shown = ((torch.arange(B) + 1) * config.ladder_part).long() > (torch.arange(B) * config.ladder_part).long()
+            shown = shown.nonzero().flatten()  # evenly spread over the batch
+            G, own = len(shown), self.labels[index[shown]][:, None]
+            key = torch.rand(G, C, generator=rng).scatter(1, own, -1.0)  # its own class comes first
+            classes = key.argsort(1)[:, :K].sort(1).values
+            is_own = classes == own
+            extra = classes[~is_own]
+            image = torch.cat([image, shown.repeat_interleave(K - 1)])
+            ladder = shown[:, None].repeat(1, K)
+            ladder[~is_own] = B + torch.arange(G * (K - 1))
+
+        label = torch.cat([torch.where(dropped, C, self.labels[index]), extra])
+        whole = (label[ladder] < C).all(1)
+        return Batch(index, flip, noise, t, weight, image, label, ladder, whole / whole.sum().clamp(min=1), self.severities[classes])
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers; near numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """float -1..1 -> uint8 0..255, rounded to the nearest: the inverse of to_unit."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+@torch.no_grad()
+def ema_update(ema: nn.Module, model: nn.Module, decay: float, n: int) -> None:
+    """ema <- m ema + (1 - m) model after step n = 1, 2, ..., with m = min(decay, (1 + n) / (10 + n)).
+
+    The ramp keeps a short run's average from holding the initial weights.
+    """
+    m = min(decay, (1 + n) / (10 + n))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - m)
+
+
+@torch.no_grad()
+def measure_ladder(model: UNet, images: Tensor, alpha_bar: Tensor, n: int = 16) -> tuple[float, float]:
+    """(straightness, gap d(lowest, highest)): n images, each at its own t in 1..T, under every class.
+
+    images: (N, 3, H, W) uint8. The same images, t and noise at every call, so that numbers compare.
+    """
+    device, C = images.device, model.num_classes
+    x_0 = to_unit(images[torch.linspace(0, len(images) - 1, n).long().to(device)])
+    t = torch.linspace(1, len(alpha_bar) - 1, n).round().long().to(device)
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    x_t = q_sample(x_0, t, eps, alpha_bar)
+    eps_hat = torch.stack([model(x_t, t, torch.full_like(t, c)) for c in range(C)], dim=1)
+    gap = ladder_distances(eps_hat, "euclidean")[0, C - 1].mean().item()
+    return (straightness(eps_hat).mean().item() if C >= 3 else math.nan), gap
+
+
+def train(config: Config) -> Path:
+    """Train, or resume, the run in config.out and return that folder: checkpoint.pt, metrics.csv, sheets."""
+    check_config(config)
+    device = choose_device(config.device)
+    root, out = data_and_out(config)
+    if not config.data:
+        draw_demo(root)
+    images, labels, classes = load_classes(root, config.size, config.crop, config.order, say)
+    if config.ordinal > 0 and len(classes.names) < 3:
+        say("two classes only: no triplet p < q < r, so the ordinal loss is off and this is the plain diffusion model")
+    out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(seed_of(config.seed))
+    model = UNet(config, len(classes.names))
+    model = model.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    step = resume(out / "checkpoint.pt", config, classes, model, ema, optimizer)
+    log = Log(out / "metrics.csv", step, config)
+    say(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, step {step:,} of {config.steps:,}"
+        + (" (resumed)" if step else ""))
+
+    images, alpha_bar = images.to(device), alpha_bars(config).to(device)
+    batches, stop = Batches(config, labels, classes.severities), StopSignals()
+    model.train()
+    while step < config.steps and not stop.received:
+        batch = batches.draw(step).to(device)
+        x_0 = to_unit(images[batch.index])
+        x_0 = torch.where(batch.flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0).to(memory_format=torch.channels_last)
+        torch.manual_seed(seed_of(config.seed, step, 1))  # eps and the dropout masks: a function of (seed, step)
+        eps = torch.randn_like(x_0)[batch.noise]
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1, (step + 1) / max(config.warmup, 1))
+        total, dm, ordinal = total_loss(model, x_0, eps, batch, alpha_bar, config)
+        optimizer.zero_grad()
+        total.backward()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        step += 1
+        ema_update(ema, model, config.ema, step)
+        log.add(step, total, dm, ordinal, grad_norm)
+
+        last = step == config.steps or bool(stop.received)
+        if step % config.log_every == 0 or last:
+            log.measured(step, *measure_ladder(ema, images, alpha_bar))
+        if step % config.save_every == 0 or last:
+            log.flush()  # refuses to go on, and to save, after a loss that is not finite
+            save_checkpoint(out / "checkpoint.pt", config, classes, model, ema, optimizer, step)
+        if config.sheet_every and step % config.sheet_every == 0 or step == config.steps:
+            path = out / "sheets" / f"{step:06d}.png"
+            draw_sheet(ema, classes, config, path)
+            shutil.copyfile(path, out / "sheet.png")
+    log.close()
+    if stop.received and step < config.steps:
+        say(f"stopped and saved at step {step:,}; the same command goes on from there")
+        raise SystemExit(128 + stop.received[0])
+    return out
+
+
+class StopSignals:
+    """Notes Ctrl-C and SIGTERM (clusters send it), so that the loop can save first. A second one ends at once."""
+
+    def __init__(self):
+        self.received: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame) -> None:
+        if self.received:
+            raise SystemExit(128 + number)
+        self.received.append(number)
+
+
+class Log:
+    """metrics.csv, a row a step, and the progress line. Values stay on the device until they are written."""
+
+    COLUMNS = ("step", "loss", "dm", "ordinal", "grad_norm", "straightness", "gap")
+
+    def __init__(self, path: Path, step: int, config: Config):
+        self.path, self.config, self.pending, self.latest = path, config, [], {}
+        self.saved, self.begun, self.line_at = step, time.monotonic(), 0.0
+        self.first = self.step = step
+        rows = []
+        if step and path.exists():  # rows that an interrupted run wrote after its last checkpoint go
+            rows = [r for r in csv.reader(open(path, newline="")) if len(r) == len(self.COLUMNS) and r[0].isdigit() and int(r[0]) <= step]
+        write_atomically(path, lambda f: f.write("".join(",".join(r) + "\n" for r in [self.COLUMNS, *rows]).encode()))
+        self.file = open(path, "a", newline="", encoding="utf-8")
+
+    def add(self, step: int, *values: Tensor) -> None:
+        self.pending.append((step, torch.stack([v.detach() for v in values])))
+        self.step = step
+
+    def measured(self, step: int, straight: float, gap: float) -> None:
+        self.latest = {step: (straight, gap)}
+        self.flush()
+        self.progress()
+
+    def flush(self) -> None:
+        """Write the pending rows; a loss that is not finite ends the run here, before it can be saved."""
+        if not self.pending:
+            return
+        values = torch.stack([v for _, v in self.pending]).tolist()
+        for (step, _), row in zip(self.pending, values):
+            if not all(map(math.isfinite, row)):
+                raise UserError(f"step {step}: the loss is not finite; the last good checkpoint is that of step {self.saved} in "
+                                f"{self.path.parent}: lower --lr there, in another --out")
+            extra = [f"{v:.6g}" for v in self.latest.get(step, ())] or ["", ""]
+            self.file.write(",".join([str(step), *(f"{v:.7g}" for v in row), *extra]) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.mean = np.mean(values, axis=0)
+        self.pending = []
+
+    def progress(self) -> None:
+        """One line: rewritten in place on a terminal, else printed at most every 20 seconds."""
+        now, (straight, gap) = time.monotonic(), next(iter(self.latest.values()))
+        last, terminal = self.step == self.config.steps, sys.stdout.isatty()
+        if not terminal and not last and now - self.line_at < 20:
+            return
+        self.line_at = now
+        rate = (self.step - self.first) / max(now - self.begun, 1e-9)
+        line = (f"step {self.step:,}/{self.config.steps:,}  L_DM {self.mean[1]:.4f}  lambda_t L_ordinal {self.mean[2]:.6f}  "
+                f"straightness {straight:.3f}  gap {gap:.4f}  {rate * self.config.batch:.1f} images/s  "
+                f"{(self.config.steps - self.step) / max(rate, 1e-9) / 60:.1f} min left")
+        print(("\r" if terminal else "") + line + ("  " if terminal else "\n"), end="\n" if terminal and last else "", flush=True)
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+
+# --------------------------------------------------------------------- checkpoints and files
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def choose_device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError on the first setting that is out of range, alone or beside the others."""
+    for f in fields(config):
+        value, meta = getattr(config, f.name), f.metadata
+        for v in value if isinstance(value, tuple) else (value,):
+            limits = [f"at least {meta['low']}"] * (meta["low"] is not None) + [f"at most {meta['high']}"] * (meta["high"] is not None)
+            wrong = isinstance(v, float) and not math.isfinite(v)
+            wrong |= meta["low"] is not None and not v >= meta["low"]
+            wrong |= meta["high"] is not None and not v <= meta["high"]
+            if wrong:
+                raise UserError(f"{flag(f.name)} {v}: must be {' and '.join(limits) or 'a number'}")
+            if meta["choices"] and v not in meta["choices"]:
+                raise UserError(f"{flag(f.name)} {v}: must be {' or '.join(meta['choices'])}")
+    for wrong, message in (
+        (not config.ch_mult, "--ch-mult: name one multiplier or more, as 1,2,2,2"),
+        (config.beta_T < config.beta_1, f"--beta-T {config.beta_T}: must be at least --beta-1 ({config.beta_1})"),
+        (config.sample_steps > config.timesteps, f"--sample-steps {config.sample_steps}: must be at most --timesteps ({config.timesteps})"),
+        (config.size % 2 ** (len(config.ch_mult) - 1), f"--size {config.size}: must be a multiple of {2 ** (len(config.ch_mult) - 1)}, as --ch-mult has {len(config.ch_mult)} resolutions"),
+        (config.ch % 4, f"--ch {config.ch}: must be a multiple of 4"),
+        (config.rungs in (1, 2), f"--rungs {config.rungs}: a ladder takes 3 classes or more, or 0 for all"),
+        (config.ladder == "images" and config.batch < max(config.rungs, 3), f"--batch {config.batch}: must hold a ladder of {max(config.rungs, 3)} images"),
+        (config.seed >= 2**63, f"--seed {config.seed}: must be below 2^63"),
+    ):
+        if wrong:
+            raise UserError(message)
+
+
+def data_and_out(config: Config) -> tuple[Path, Path]:
+    """The data folder and the folder of the run, defaults filled in."""
+    root = Path(config.data) if config.data else HERE / "data" / "demo"
+    return root, Path(config.out) if config.out else Path("runs") / (root.resolve().name if config.data else "demo")
+
+
+def draw_demo(root: Path) -> None:
+    """Draw the embedded data set with data/demo.py, unless it is there."""
+    if subprocess.run([sys.executable, HERE / "data" / "demo.py", "--out", root]).returncode:
+        raise UserError(f"{root}: the embedded data set could not be drawn; see the line above")
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """write(file) into a temporary neighbour that then replaces path: a kill or a full disk leaves the old file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with_suppressed_unlink(temporary)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        free = shutil.disk_usage(path.parent).free // 2**20
+        raise UserError(f"{path}: cannot be written ({reason}; {free:,} MiB free there): free some space or choose another --out; "
+                        "the file that was there is intact") from None
+
+
+def with_suppressed_unlink(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError:
+        pass
+
+
+def save_checkpoint(path: Path, config: Config, classes: Classes, model, ema, optimizer, step: int) -> None:
+    state = dict(format=1, config=asdict(config), classes=asdict(classes), step=step, model=model.state_dict(),
+                 ema=ema.state_dict(), optimizer=optimizer.state_dict())
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint as {config: Config, classes: Classes, step, ema, [model, optimizer]}; runs no code from it."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; `python odm.py train` makes one")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        known = {f.name: f for f in fields(Config)}
+        unknown = sorted(set(state["config"]) - set(known))
+        missing = sorted(set(known) - set(state["config"]))
+        state["config"] = Config(**{k: v for k, v in state["config"].items() if k in known})
+        state["classes"] = Classes(**state["classes"])
+        check_config(state["config"])
+        rank_classes(set(state["classes"].names), ",".join(state["classes"].names))
+        if not {"step", "ema"} <= set(state):
+            raise ValueError("it holds no weights")
+    except Exception as error:  # unpickling damaged or foreign files raises many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a whole checkpoint of odm.py ({reason}); take another, or train anew in another --out") from None
+    if unknown or missing:
+        say(f"{path}: written by another version"
+            + (f"; settings not known here: {', '.join(unknown)}" if unknown else "")
+            + (f"; settings it lacks, taken at their defaults: {', '.join(missing)}" if missing else ""))
+    return state
+
+
+def resume(path: Path, config: Config, classes: Classes, model, ema, optimizer) -> int:
+    """Load the run's own checkpoint, if it has one, into model, ema and optimizer; return its step."""
+    if not path.exists():
+        return 0
+    state = load_checkpoint(path)
+    differing = [f"{flag(f.name)} (there {getattr(state['config'], f.name)!r}, now {getattr(config, f.name)!r})" for f in fields(Config)
+                 if not f.metadata["free"] and getattr(state["config"], f.name) != getattr(config, f.name)]
+    if state["classes"] != classes:
+        differing.append(f"the data (there {dict(zip(state['classes'].names, state['classes'].counts))}, "
+                         f"now {dict(zip(classes.names, classes.counts))})")
+    if differing:
+        raise UserError(f"{path.parent}: holds a run with other settings: {'; '.join(differing)}: use the same, or another --out")
+    load_weights(model, state["model"], path)
+    load_weights(ema, state["ema"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"{path}: its weights are of another shape than its settings say; take another checkpoint") from None
+
+
+# ---------------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def draw_images(model: UNet, alpha_bar: Tensor, severity: Sequence[float], keys: Sequence[tuple], size: int, steps: int,
+                guidance: float, eta: float = 0.0) -> Tensor:
+    """Images of the severities (class indices 0..C-1, fractions between): (B, 3, size, size) uint8 on the CPU.
+
+    All noise of image i comes from keys[i] alone, so it is the same image in any batch.
+    """
+    device = next(model.parameters()).device
+    rngs = [torch.Generator().manual_seed(seed_of(*key)) for key in keys]
+    severity = torch.tensor(severity)
+
+    def noise(x=None) -> Tensor:
+        return torch.stack([torch.randn(3, size, size, generator=rng) for rng in rngs]).to(device)
+
+    def eps_fn(x_t, t):
+        return guided_eps(model, x_t, t, severity, guidance)
+
+    return to_uint8(ddim_sample(eps_fn, noise(), alpha_bar, steps, eta, noise=noise)).cpu()
+
+
+def draw_sheet(model: UNet, classes: Classes, config: Config, path: Path, rows: int = 6) -> None:
+    """A sheet of samples: a column a class, the same starting noise along a row."""
+    C = len(classes.names)
+    jobs = [(float(c), (config.seed, row)) for row in range(rows) for c in range(C)]
+    images = draw_images(model, alpha_bars(config), [c for c, _ in jobs], [key for _, key in jobs], config.size, config.sample_steps, config.guidance)
+    save_sheet(images.view(rows, C, *images.shape[1:]), classes.names, path)
+
+
+def save_sheet(images: Tensor, titles: Sequence[str], path: Path) -> None:
+    """(rows, columns, 3, size, size) uint8 as one PNG with a title over each column."""
+    rows, columns, _, size, _ = images.shape
+    scale = max(1, 128 // size)
+    cell, top = size * scale + 4, 24
+    sheet = Image.new("RGB", (columns * cell + 4, rows * cell + 4 + top), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for column in range(columns):
+        pen.text((4 + (column + 0.5) * cell, top / 2 + 2), titles[column], "black", font, anchor="mm")
+        for row in range(rows):
+            image = Image.fromarray(images[row, column].permute(1, 2, 0).numpy())
+            sheet.paste(image.resize((size * scale,) * 2, Image.Resampling.BICUBIC), (4 + column * cell, 4 + top + row * cell))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: sheet.save(file, "PNG"))
+
+
+def parse_severities(text: str, classes: Classes) -> list[tuple[str, float]]:
+    """--class as [(name of the folder, class index 0..C-1, fractions between)]: all, 3, "Mayo 3", 1.5, 0:3:0.25."""
+    low, high = classes.severities[0], classes.severities[-1]
+    have = f"the checkpoint has {', '.join(classes.names)}, severities {low:g} to {high:g}"
+
+    def one(value: float) -> tuple[str, float]:
+        if not low <= value <= high:
+            raise UserError(f"--class {text}: {value:g} is not among the classes; {have}")
+        if value in classes.severities:
+            index = classes.severities.index(value)
+            return classes.names[index], float(index)
+        return f"{value:g}", float(np.interp(value, classes.severities, range(len(classes.names))))
+
+    if text == "all":
+        return [(name, float(i)) for i, name in enumerate(classes.names)]
+    if text in classes.names:
+        return [(text, float(classes.names.index(text)))]
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        raise UserError(f"--class {text}: no such class; {have}") from None
+    if len(parts) == 1:
+        return [one(parts[0])]
+    if len(parts) not in (2, 3) or not all(map(math.isfinite, parts)):
+        raise UserError(f"--class {text}: write FIRST:LAST:STEP, as 0:3:0.25")
+    first, last, pace = parts if len(parts) == 3 else (*parts, 1.0)
+    if pace <= 0 or last < first or (last - first) / pace > 1000:
+        raise UserError(f"--class {text}: FIRST:LAST:STEP must rise, in at most 1,000 steps")
+    return [one(round(first + i * pace, 6)) for i in range(int((last - first) / pace + 1e-6) + 1)]
+
+
+def shares(n: int, counts: Sequence[int]) -> list[int]:
+    """n divided in proportion to counts, by largest remainders."""
+    exact = [n * c / sum(counts) for c in counts]
+    whole = [int(e) for e in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])
+    for i in by_remainder[: n - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def newest_checkpoint() -> Path:
+    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    return runs[-1] if runs else HERE / "data" / "demo.pt"
+
+
+def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0, out: str | Path = "", seed: int = 0,
+           sample_steps: int = 0, guidance: float | None = None, eta: float = 0.0, batch: int = 0, device: str = "auto") -> Path:
+    """Draw images into OUT/<class>/<i>.png and OUT/sheet.png; what is there already is kept. Returns OUT.
+
+    severity: see parse_severities. n images in all, the classes at their training frequencies (fractions
+    evenly), or `each` of every severity. Image i of a class depends on (seed, class, i) alone; in a ladder
+    0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
+    """
+    path = Path(checkpoint) if checkpoint else newest_checkpoint()
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    state = load_checkpoint(path)
+    config, classes = state["config"], state["classes"]
+    config = replace(config, sample_steps=sample_steps or config.sample_steps, guidance=config.guidance if guidance is None else guidance)
+    check_config(config)
+    for wrong, message in ((n < 0, f"-n {n}"), (each < 0, f"--each {each}"), (batch < 0, f"--batch {batch}"), (seed < 0, f"--seed {seed}")):
+        if wrong:
+            raise UserError(f"{message}: must not be negative")
+    if not 0 <= eta <= 1:
+        raise UserError(f"--eta {eta}: must be from 0 to 1")
+    targets = parse_severities(severity, classes)
+    one_noise = ":" in severity
+    if n:
+        whole = all(index == int(index) for _, index in targets)
+        counts = shares(n, [classes.counts[int(index)] if whole else 1 for _, index in targets])
+    else:
+        counts = [each or (16 if len(targets) == 1 else 8)] * len(targets)
+    name = path.parent.name if path.name == "checkpoint.pt" else path.stem
+    out = Path(out) if out else Path("samples") / name
+    note_settings(out, dict(checkpoint=digest(path), seed=seed, sample_steps=config.sample_steps, guidance=config.guidance, eta=eta))
+
+    device = choose_device(device)
+    model = UNet(config, len(classes.names))
+    load_weights(model, state["ema"], path)
+    model, alpha_bar = model.to(device, memory_format=torch.channels_last).eval(), alpha_bars(config)
+    jobs = []
+    for (folder, index), count in zip(targets, counts):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            key = (seed, i) if one_noise else (seed, i, round(index * 1_000_000) + 1)
+            file = out / folder / (f"{i:05d}.png")
+            jobs.append((file, index, key))
+    batch = batch or (16 if device.type == "cpu" else 256)
+    # Batches are laid out over all jobs, whole and of one size, so that a resumed job draws in the same company.
+    chunks = [jobs[i : i + batch] for i in range(0, len(jobs), batch)]
+    begun, done = time.monotonic(), 0
+    for chunk in chunks:
+        missing = [job for job in chunk if not job[0].exists()]
+        if missing:
+            full = (chunk + [chunk[-1]] * batch)[:batch]
+            images = draw_images(model, alpha_bar, [index for _, index, _ in full], [key for *_, key in full], config.size,
+                                 config.sample_steps, config.guidance, eta)
+            for (file, *_), image in zip(chunk, images):
+                if not file.exists():
+                    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+                    write_atomically(file, lambda f: picture.save(f, "PNG"))
+        done += len(chunk)
+        if sys.stdout.isatty():
+            print(f"\r{done:,}/{len(jobs):,} images  {done / (time.monotonic() - begun):.1f} images/s  ", end="", flush=True)
+    columns = [[read_image(out / folder / f"{i:05d}.png") for i in range(min(count, 8))] for (folder, _), count in zip(targets, counts)]
+    titles = [folder for folder, _ in targets]
+    if len(columns) == 1:  # one class: a square of its images
+        side = math.ceil(math.sqrt(counts[0]))
+        columns = [[read_image(out / titles[0] / f"{i:05d}.png") for i in range(c, counts[0], side)][:8] for c in range(min(side, 8))]
+        titles = [titles[0]] + [""] * (len(columns) - 1)
+    rows = max(map(len, columns))
+    blank = Image.new("RGB", (config.size, config.size), "white")
+    grid = np.stack([np.stack([np.asarray(col[r] if r < len(col) else blank) for col in columns]) for r in range(rows)])
+    save_sheet(torch.from_numpy(grid).permute(0, 1, 4, 2, 3), titles, out / "sheet.png")
+    say(("\n" if sys.stdout.isatty() else "") + f"{len(jobs):,} images of {path} (step {state['step']:,}) in {out}; {out / 'sheet.png'} shows the first")
+    return out
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def note_settings(out: Path, settings: dict) -> None:
+    """Keep images of different settings apart: OUT/sample.json says what the folder's images were drawn with."""
+    file = out / "sample.json"
+    if file.exists():
+        try:
+            there = json.loads(file.read_text())
+        except ValueError:
+            raise UserError(f"{file}: damaged; delete {out} or choose another --out") from None
+        if differing := [k for k in settings if there.get(k) != settings[k]]:
+            raise UserError(f"{out}: holds images drawn with another {', '.join(differing)}; choose another --out, or delete it")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda f: f.write(json.dumps(settings, indent=1).encode()))
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, exit status 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{Path(self.prog.split()[0]).name}: error: {message}; see --help\n")
+
+
+def ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def parser() -> Parser:
+    top = Parser(prog="odm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True, metavar="train|sample")
+    t = commands.add_parser("train", help="train on a folder of graded images, or resume", allow_abbrev=False,
+                            description="Train on a folder of graded images; the same command again resumes. "
+                            "Without --data: the embedded set and the small preset.")
+    t.add_argument("--preset", choices=("paper", "small"), help="paper: the defaults below; small: for two cores and a few "
+                   "minutes, " + ", ".join(f"{k} {v}" for k, v in SMALL.items()) + " (default: paper with --data, else small)")
+    for f in fields(Config):
+        meta, default = f.metadata, f.default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = meta["help"].replace("%", "%%") + ("" if default == "" else f" [{shown}]")
+        if isinstance(default, bool):
+            t.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            kind = ints if isinstance(default, tuple) else type(default)
+            metavar = "|".join(meta["choices"]) if meta["choices"] else {ints: "N,N", int: "N", float: "X", str: "TEXT"}[kind]
+            t.add_argument(flag(f.name), type=kind, metavar=metavar, help=text)
+    s = commands.add_parser("sample", help="draw images from a checkpoint", allow_abbrev=False,
+                            description="Draw images into OUT/<class>/<i>.png and OUT/sheet.png. What is there already is kept.")
+    s.add_argument("--class", dest="severity", default="all", metavar="CLASS",
+                   help='3, "Mayo 3", 1.5 (between two classes), 0:3:0.25 (a ladder) or all [all]')
+    s.add_argument("--checkpoint", default="", metavar="FILE", help="a checkpoint or the folder of a run [the newest in runs/, else data/demo.pt]")
+    s.add_argument("-n", type=int, default=0, metavar="N", help="images in all, classes at their training frequencies")
+    s.add_argument("--each", type=int, default=0, metavar="N", help="images of each severity [16 for one severity, else 8]")
+    s.add_argument("--out", default="", metavar="DIR", help="[samples/NAME, after the run]")
+    s.add_argument("--seed", type=int, default=0, metavar="N", help="image i of a class depends on (seed, class, i) alone [0]")
+    s.add_argument("--sample-steps", type=int, default=0, metavar="N", help="DDIM steps [those of the run: 100 in the paper]")
+    s.add_argument("--guidance", type=float, metavar="S", help="guidance scale, 1 is none [that of the run: 2 in the paper]")
+    s.add_argument("--eta", type=float, default=0.0, metavar="X", help="0: deterministic DDIM; 1: ancestral [0]")
+    s.add_argument("--batch", type=int, default=0, metavar="N", help="images drawn together [16 on a CPU, 256 on a GPU]")
+    s.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, ... [auto]")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    args = vars(parser().parse_args(argv))
+    try:
+        if args.pop("command") == "train":
+            given = {k: v for k, v in args.items() if v is not None}
+            preset = given.pop("preset", "paper" if given.get("data") else "small")
+            out = train(Config(**{**(SMALL if preset == "small" else {}), **given}))
+            say(f"trained: {out / 'sheet.png'} shows samples; next: python odm.py sample --class all --checkpoint {out}")
+        else:
+            sample(**args)
+        return 0
+    except UserError as error:
+        print(f"odm.py: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("odm.py: error: out of memory: lower --batch", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("odm.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,851 @@
+"""Tests of odm.py, fid.py and data/demo.py against independent references: closed forms, loops, hand-made cases.
+
+    python -m pytest -q test_odm.py
+"""
+
+import itertools
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import odm
+
+HERE = Path(__file__).resolve().parent
+TINY = dict(size=8, ch=8, ch_mult=(1, 2), blocks=1, attention=(4,), timesteps=50, batch=8, steps=6, warmup=2, lr=1e-3,
+            sample_steps=4, log_every=2, save_every=2, sheet_every=0, device="cpu")
+
+
+def max_error(a, b) -> float:
+    return (torch.as_tensor(a) - torch.as_tensor(b)).abs().max().item()
+
+
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def write_images(root, names_and_counts, size=(12, 10), seed=0, suffix=".png"):
+    """A tree of class folders with random images; returns root."""
+    rng = np.random.default_rng(seed)
+    for name, count in names_and_counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{name.split('/')[-1].replace(' ', '')}_{i}{suffix}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """A small data set of 4 grades, 20 images."""
+    return write_images(tmp_path_factory.mktemp("graded"), {"Mayo 0": 9, "Mayo 1": 5, "Mayo 2": 3, "Mayo 3": 3})
+
+
+@pytest.fixture(scope="module")
+def run(graded, tmp_path_factory):
+    """A finished tiny run."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    return odm.train(odm.Config(**TINY, data=str(graded), out=str(out)))
+
+
+def error_of(capsys, *argv) -> str:
+    """Run the command line, which must fail with status 2 and one line; return the line."""
+    try:
+        status = odm.main([str(a) for a in argv])
+    except SystemExit as exit:
+        status = exit.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("odm.py: error: "), (status, lines)
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------ forward process
+
+
+def test_schedule_is_linear_and_starts_at_one():
+    table = odm.alpha_bars(odm.Config())
+    product, expected = 1.0, [1.0]
+    for t in range(1, 1001):
+        product *= 1 - ((0.02 - 1e-4) * (t - 1) / 999 + 1e-4)
+        expected.append(product)
+    assert table.shape == (1001,) and table[0] == 1
+    assert max_error(table, torch.tensor(expected, dtype=torch.float64)) < 1e-12
+
+
+def test_q_sample_is_equation_1_applied_t_times():
+    config = odm.Config(timesteps=20)
+    alpha_bar = odm.alpha_bars(config)
+    x_0 = noise(1, 3, 4, 4, dtype=torch.float64)
+    mean, variance = x_0.clone(), 0.0  # Eq. 1 maps N(m, v) to N(sqrt(1 - beta) m, (1 - beta) v + beta)
+    for t in range(1, 21):
+        beta = (0.02 - 1e-4) * (t - 1) / 19 + 1e-4
+        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+        at = torch.tensor([t])
+        zero, one = torch.zeros_like(x_0), torch.ones_like(x_0)
+        assert max_error(odm.q_sample(x_0, at, zero, alpha_bar), mean) < 1e-12
+        assert max_error(odm.q_sample(zero, at, one, alpha_bar), math.sqrt(variance) * one) < 1e-12
+
+
+# --------------------------------------------------------------------------------------- losses
+
+
+def loop_ordinal(eps_hat, squared=False, severity=None):
+    """Eq. 5 by loops over ladders and triplets, with NumPy; distances as DESIGN defines them: RMS, or mean square."""
+    def d(a, b):
+        mean_square = float(np.mean((a - b) ** 2))
+        return mean_square if squared else math.sqrt(mean_square)
+
+    result = []
+    for g, ladder in enumerate(eps_hat.numpy()):
+        terms = []
+        for p in range(len(ladder)):
+            for q in range(p + 1, len(ladder)):
+                for r in range(q + 1, len(ladder)):
+                    pq, qr, pr = d(ladder[p], ladder[q]), d(ladder[q], ladder[r]), d(ladder[p], ladder[r])
+                    if severity is None:
+                        terms.append((pr - (pq + qr)) ** 2)
+                    else:
+                        a, b, c = (float(severity[g][i]) for i in (p, q, r))
+                        terms.append((pq - pr * (b - a) / (c - a)) ** 2 + (qr - pr * (c - b) / (c - a)) ** 2)
+        result.append(sum(terms) / len(terms))
+    return torch.tensor(result, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("K", [3, 4, 5])
+@pytest.mark.parametrize("distance", ["euclidean", "squared"])
+def test_ordinal_loss_equals_loops_over_triplets(K, distance):
+    eps_hat = noise(4, K, 3, 5, 5, seed=K, dtype=torch.float64)
+    assert max_error(odm.ordinal_loss(eps_hat, distance), loop_ordinal(eps_hat, distance == "squared")) < 1e-12
+    severity = torch.tensor([[0.0, 1, 2, 3, 4], [0, 2, 3, 5, 9], [1, 1.5, 4, 5, 6], [0, 1, 3, 4, 7]], dtype=torch.float64)[:, :K]
+    expected = loop_ordinal(eps_hat, distance == "squared", severity)
+    assert max_error(odm.ordinal_loss(eps_hat, distance, severity), expected) < 1e-12
+
+
+def test_euclidean_is_zero_on_ordered_lines_and_only_there():
+    direction = torch.arange(12.0, dtype=torch.float64).view(1, 1, 3, 2, 2)
+    line = lambda *at: torch.tensor(at, dtype=torch.float64).view(1, -1, 1, 1, 1) * direction
+    assert odm.ordinal_loss(line(0, 1, 4)).item() < 1e-28 and abs(odm.straightness(line(0, 1, 4)).item() - 1) < 1e-14
+    rms = direction.square().mean().sqrt().item()
+    assert abs(odm.ordinal_loss(line(0, 4, 1)).item() - (6 * rms) ** 2) < 1e-9  # d = 1, (4, 3): out of order
+    assert abs(odm.ordinal_loss(line(0, 1, 4), "squared").item() - (6 * rms**2) ** 2) < 1e-9  # 2 <p-q, q-r> = 2 * 1 * 3
+
+
+def test_squared_is_zero_at_the_right_angle_and_positive_between():
+    p, q, r = torch.tensor([3.0, 0]), torch.tensor([0.0, 0]), torch.tensor([0.0, 5])
+    assert odm.ordinal_loss(torch.stack([p, q, r])[None], "squared").item() == 0
+    assert odm.ordinal_loss(torch.stack([p, q, r])[None]).item() > 1  # the Euclidean one is not fooled
+    for alpha in (0.1, 0.5, 0.9):  # Eq. 7 holds here, yet the printed loss is positive
+        between = torch.stack([p, alpha * p + (1 - alpha) * r, r])[None]
+        assert odm.ordinal_loss(between, "squared").item() > 0.1 and odm.ordinal_loss(between).item() < 1e-12
+
+
+def test_spacing_is_zero_only_at_the_severities_own_distances():
+    direction, severity = noise(8), torch.tensor([[0.0, 1, 3]])
+    at = lambda *s: (torch.tensor(s).view(1, -1, 1) * direction)
+    assert odm.ordinal_loss(at(0, 1, 3), severity=severity).item() < 1e-12
+    assert odm.ordinal_loss(at(0, 1.5, 3), severity=severity).item() > 1e-2  # on the line, at the wrong place
+    assert odm.ordinal_loss(at(0, 1.5, 3)).item() < 1e-12
+
+
+@pytest.mark.parametrize("distance, low, high", [("euclidean", 0.99, 1.0001), ("squared", 0.66, 0.76)])
+def test_what_the_loss_does_to_free_vectors(distance, low, high):
+    """Eq. 7 follows from the Euclidean norm alone; the norm as printed ends at right angles, straightness 0.71."""
+    points = noise(64, 3, 16, seed=1).requires_grad_()
+    optimizer = torch.optim.Adam([points], lr=0.02)
+    for _ in range(600):
+        optimizer.zero_grad()
+        odm.ordinal_loss(points, distance).sum().backward()
+        optimizer.step()
+    assert low < odm.straightness(points).mean().item() < high
+
+
+def test_gradient_where_estimates_coincide_is_zero_not_nan():
+    points = torch.ones(2, 3, 4, requires_grad=True)
+    odm.ordinal_loss(points).sum().backward()
+    assert torch.equal(points.grad, torch.zeros_like(points)) and odm.straightness(points).tolist() == [1, 1]
+
+
+def test_straightness_of_an_equilateral_triangle_is_one_half():
+    triangle = torch.tensor([[[0.0, 0], [1, 0], [0.5, math.sqrt(0.75)]]])
+    assert abs(odm.straightness(triangle).item() - 0.5) < 1e-6
+
+
+def test_losses_are_float32_under_bfloat16():
+    eps_hat = noise(2, 3, 3, 8, 8).bfloat16()
+    assert odm.ordinal_loss(eps_hat).dtype == torch.float32
+    assert max_error(odm.ordinal_loss(eps_hat), loop_ordinal(eps_hat.double())) < 1e-6
+    assert odm.dm_loss(noise(2, 3, 8, 8), eps_hat[:, 0]).dtype == torch.float32
+
+
+def batches(labels=None, severities=(0, 1, 2, 3), **changes):
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 15 + [3] * 5) if labels is None else labels
+    return odm.Batches(odm.Config(**{**TINY, **changes}), labels, list(severities)), labels
+
+
+def test_weight_zero_is_the_plain_diffusion_model_bit_by_bit():
+    """W = 0, in either reading, against a training step of L_DM written out here."""
+    weights = []
+    for ladder in ("labels", "images", "by hand"):
+        made, labels = batches(ordinal=0.0, ladder="images" if ladder == "images" else "labels")
+        config = made.config
+        torch.manual_seed(0)
+        model, images = odm.UNet(config, 4).train(), noise(100, 3, 8, 8, seed=3).clamp(-1, 1)
+        optimizer, alpha_bar = torch.optim.Adam(model.parameters(), lr=1e-3), odm.alpha_bars(config)
+        for step in range(3):
+            batch = made.draw(step)
+            x_0, eps = images[batch.index], noise(8, 3, 8, 8, seed=10 + step)
+            torch.manual_seed(step)  # dropout
+            if ladder == "by hand":
+                a = alpha_bar[batch.t][:, None, None, None]
+                x_t = a.sqrt().float() * x_0 + (1 - a).sqrt().float() * eps
+                label = torch.where(batch.label == 4, 4, labels[batch.index])
+                loss = ((eps - model(x_t, batch.t, label)) ** 2).flatten(1).mean(1).mul(1 / 8).sum()
+            else:
+                assert len(batch.ladder) == 0 and len(batch.image) == 8 and len(set(batch.noise.tolist())) == 8
+                loss = odm.total_loss(model, x_0, eps, batch, alpha_bar, config)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("ladder", ["labels", "images"])
+@pytest.mark.parametrize("spacing", [False, True])
+def test_total_loss_is_equation_8(ladder, spacing):
+    """Against one image and one ladder at a time, with a model that is a formula."""
+    made, _ = batches(ladder=ladder, spacing=spacing, ordinal=0.7, class_dropout=0.3, batch=13, severities=(0, 1, 2.5, 4))
+    config, alpha_bar = made.config, odm.alpha_bars(made.config)
+    direction = noise(5, 3, 8, 8, seed=7)
+    model = lambda x, t, c, image=None: 0.5 * x + direction[c] * (1 + t[:, None, None, None] / 50)
+    for step in range(4):
+        batch = made.draw(step)
+        x_0, eps = noise(13, 3, 8, 8, seed=step), noise(13, 3, 8, 8, seed=50 + step)[batch.noise]
+        dm, ordinal, count = 0.0, 0.0, 0
+        estimate = lambda row: model(odm.q_sample(x_0[i := batch.image[row]][None], batch.t[i][None], eps[i][None], alpha_bar),
+                                     batch.t[i][None], batch.label[row][None])[0]
+        for b in range(13):
+            dm += batch.weight[b].item() * ((eps[b] - estimate(b)) ** 2).mean().item()
+        for rungs, severity in zip(batch.ladder, batch.severity):
+            if 4 in batch.label[rungs]:
+                continue  # the null class has no place on the ladder
+            t = batch.t[batch.image[rungs]]
+            assert len(set(t.tolist())) == 1
+            stack = torch.stack([estimate(row) for row in rungs])[None].double()
+            ordinal += t[0].item() / 50 * loop_ordinal(stack, severity=severity[None] if spacing else None).item()
+            count += 1
+        assert count > 0
+        total, dm_term, ordinal_term = odm.total_loss(model, x_0, eps, batch, alpha_bar, config)
+        assert abs(dm_term.item() - dm) < 1e-5 and abs(ordinal_term.item() - ordinal / count) < 1e-5
+        assert abs(total.item() - (dm + 0.7 * ordinal / count)) < 1e-5
+
+
+# -------------------------------------------------------------------------------------- batches
+
+
+def test_ladders_of_labels_show_one_image_under_ascending_classes():
+    made, labels = batches(batch=32, class_dropout=0.2)
+    seen = set()
+    for step in range(40):
+        b = made.draw(step)
+        assert len(b.index) == 32 and len(b.image) == 32 + 8 * 2 and b.ladder.shape == (8, 3)
+        for rungs, severity, weight in zip(b.ladder, b.severity, b.ladder_weight):
+            assert len(set(b.image[rungs].tolist())) == 1
+            own, classes = labels[b.index[b.image[rungs[0]]]].item(), severity.int().tolist()
+            assert classes == sorted(set(classes)) and own in classes
+            shown = b.label[rungs].tolist()
+            assert (weight == 0) == (4 in shown)
+            assert shown == [4 if (c == own and weight == 0) else c for c in classes]
+            seen.add(tuple(classes))
+        assert len(set(b.image[b.ladder[:, 0]].tolist())) == 8
+        assert abs(b.ladder_weight.sum().item() - 1) < 1e-6
+    assert seen == set(itertools.combinations(range(4), 3))
+
+
+def test_ladders_of_images_share_noise_and_time():
+    made, labels = batches(ladder="images", batch=32, class_dropout=0.2)
+    for step in range(20):
+        b = made.draw(step)
+        assert b.ladder.shape == (10, 3) and torch.equal(b.image, torch.arange(32))
+        for rungs, severity, weight in zip(b.ladder, b.severity, b.ladder_weight):
+            assert len(set(b.noise[rungs].tolist())) == 1 and len(set(b.t[rungs].tolist())) == 1
+            assert labels[b.index[rungs]].tolist() == severity.int().tolist() == sorted(set(severity.int().tolist()))
+            assert (weight == 0) == (4 in b.label[rungs].tolist())
+        assert len(set(b.noise[30:].tolist()) | set(b.noise[b.ladder[:, 0]].tolist())) == 12  # all others are apart
+
+
+@pytest.mark.parametrize("ladder", ["labels", "images"])
+@pytest.mark.parametrize("balance", ["data", "uniform"])
+def test_balance_is_what_the_expectation_of_L_DM_is_taken_over(ladder, balance):
+    made, labels = batches(ladder=ladder, balance=balance, batch=32)
+    mass = torch.zeros(4, dtype=torch.float64)
+    for step in range(600):
+        b = made.draw(step)
+        mass += torch.zeros(4, dtype=torch.float64).index_add(0, labels[b.index], b.weight.double())
+    expected = torch.tensor([0.5, 0.3, 0.15, 0.05] if balance == "data" else [0.25] * 4)
+    assert max_error(mass / 600, expected) < 0.015  # 19,200 images: five standard errors
+
+
+def test_a_coin_for_each_image_and_every_t():
+    made, labels = batches(batch=64, class_dropout=0.25, ordinal=0.0)
+    dropped, times = [], set()
+    for step in range(200):
+        b = made.draw(step)
+        dropped.append((b.label == 4).double().mean().item())
+        times |= set(b.t.tolist())
+    assert abs(np.mean(dropped) - 0.25) < 0.02 and 0.03 < np.std(dropped) < 0.08  # binomial: sqrt(.25 * .75 / 64) = 0.054
+    assert times == set(range(1, 51))
+
+
+@pytest.mark.parametrize("ladder", ["labels", "images"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_parts_of_a_batch_add_up_to_the_whole(ladder, world):
+    made, _ = batches(ladder=ladder, batch=24, class_dropout=0.2)
+    config, alpha_bar = made.config, odm.alpha_bars(made.config)
+    direction, images, eps = noise(5, 3, 8, 8, seed=7), noise(100, 3, 8, 8, seed=1), noise(24, 3, 8, 8, seed=2)
+    model = lambda x, t, c, image: 0.5 * x + direction[c] * (1 + t[:, None, None, None] / 50)
+    whole = made.draw(5)
+    expected = odm.total_loss(model, images[whole.index], eps[whole.noise], whole, alpha_bar, config)
+    parts = [whole.part(rank, world) for rank in range(world)]
+    sums = [odm.total_loss(model, images[p.index], eps[p.noise], p, alpha_bar, config) for p in parts]
+    assert sum(len(p.ladder) for p in parts) == len(whole.ladder) and min(len(p.index) for p in parts) > 0
+    for i in range(3):
+        assert abs(sum(s[i].item() for s in sums) - expected[i].item()) < 1e-5
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+def gaussian_denoiser(mean, std, alpha_bar):
+    """The exact E[eps | x_t] where x_0 ~ N(mean, std^2)."""
+    def eps_fn(x, t):
+        a = alpha_bar[t].view(-1, *[1] * (x.dim() - 1))
+        return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std**2 + 1 - a)
+    return eps_fn
+
+
+@pytest.mark.parametrize("eta, steps", [(0.0, 250), (1.0, 1000)])
+def test_ddim_with_the_exact_denoiser_of_a_gaussian(eta, steps):
+    alpha_bar = odm.alpha_bars(odm.Config())
+    x_T = noise(20_000, 1, dtype=torch.float64)
+    torch.manual_seed(0)
+    x_0 = odm.ddim_sample(gaussian_denoiser(0.3, 0.2, alpha_bar), x_T, alpha_bar, steps, eta, clip=False)
+    assert abs(x_0.mean().item() - 0.3) < 0.006 and abs(x_0.std().item() / 0.2 - 1) < 0.02
+
+
+@pytest.mark.parametrize("steps", [1, 7, 100, 1000])
+def test_ddim_starts_at_T_and_lands_on_the_clean_image(steps):
+    alpha_bar, times = odm.alpha_bars(odm.Config()), []
+    target = torch.tensor([[0.25, -0.5]], dtype=torch.float64)
+
+    def eps_fn(x, t):  # the noise that makes target of x
+        times.append(t[0].item())
+        return (x - alpha_bar[t].sqrt()[:, None] * target) / (1 - alpha_bar[t]).sqrt()[:, None]
+
+    x_0 = odm.ddim_sample(eps_fn, noise(1, 2, dtype=torch.float64), alpha_bar, steps)
+    assert times[0] == 1000 and times == sorted(set(times), reverse=True) and len(times) == steps
+    assert max_error(x_0, target) < 1e-9
+
+
+def test_ancestral_sampling_has_the_mean_of_equation_2():
+    config = odm.Config(timesteps=30)
+    alpha_bar, seen = odm.alpha_bars(config), []
+    eps_fn = lambda x, t: seen.append((x, t[0].item())) or torch.sin(3 * x)
+    odm.ddim_sample(eps_fn, noise(2, 3, dtype=torch.float64), alpha_bar, 30, eta=1.0, clip=False, noise=torch.zeros_like)
+    assert [t for _, t in seen] == list(range(30, 0, -1))
+    for (x_t, t), (x_next, _) in zip(seen[:-1], seen[1:]):
+        beta = (0.02 - 1e-4) * (t - 1) / 29 + 1e-4
+        mean = (x_t - beta / (1 - alpha_bar[t]).sqrt() * torch.sin(3 * x_t)) / math.sqrt(1 - beta)
+        assert max_error(x_next, mean) < 1e-9
+
+
+def test_ancestral_noise_has_the_posterior_variance():
+    alpha_bar, sigmas = odm.alpha_bars(odm.Config(timesteps=30)), []
+    zero = lambda x, t: torch.zeros_like(x)
+
+    class Probe:  # x is 0 throughout: what is added is sigma * 1
+        last = None
+    def draw(x):
+        return torch.ones_like(x)
+    xs = []
+    odm.ddim_sample(lambda x, t: xs.append(x.item()) or x * 0, torch.zeros(1, dtype=torch.float64), alpha_bar, 30, 1.0, False, draw)
+    for t, (x, x_next) in zip(range(30, 1, -1), zip(xs[:-1], xs[1:])):
+        beta = 1 - (alpha_bar[t] / alpha_bar[t - 1]).item()
+        sigma = math.sqrt(beta * (1 - alpha_bar[t - 1].item()) / (1 - alpha_bar[t].item()))
+        assert abs(x_next - (x / math.sqrt(1 - beta) + sigma)) < 1e-9
+
+
+class Formula(torch.nn.Module):
+    """A stand-in for the U-Net: eps depends on x, t and the class in a known way."""
+
+    num_classes = 4
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def forward(self, x, t, c, image=None):
+        self.rows.append(c.tolist())
+        return 0.1 * x + (c**2).float()[:, None, None, None] + 0.01 * t[:, None, None, None]
+
+
+def test_guidance():
+    model, x, t = Formula(), noise(2, 3, 4, 4), torch.tensor([10, 20])
+    eps = lambda c: Formula()(x, t, torch.tensor(c))
+    severity = torch.tensor([1.0, 3.0])
+    assert torch.equal(odm.guided_eps(model, x, t, severity, 1.0), eps([1, 3]))  # s = 1: the conditional model
+    assert model.rows == [[1, 3]]  # and nothing else is evaluated
+    assert max_error(odm.guided_eps(model, x, t, severity, 0.0), eps([4, 4])) < 1e-6
+    assert max_error(odm.guided_eps(model, x, t, severity, 2.0), 2 * eps([1, 3]) - eps([4, 4])) < 1e-5
+    near = odm.guided_eps(model, x, t, severity, 1 + 1e-6)
+    assert max_error(near, eps([1, 3])) < 1e-4  # no jump at the neutral scale
+
+
+def test_a_severity_between_two_classes_is_on_the_line_between_their_estimates():
+    x, t = noise(2, 3, 4, 4), torch.tensor([10, 20])
+    eps = lambda c: Formula()(x, t, torch.tensor(c))
+    mixed = odm.guided_eps(Formula(), x, t, torch.tensor([1.25, 2.0]), 2.0)
+    eps_c = torch.stack([0.75 * eps([1, 1])[0] + 0.25 * eps([2, 2])[0], eps([2, 2])[1]])
+    assert max_error(mixed, 2 * eps_c - eps([4, 4])) < 1e-5
+
+
+def test_an_image_is_the_same_in_any_company(run):
+    state = odm.load_checkpoint(run / "checkpoint.pt")
+    model = odm.UNet(state["config"], 4).eval()
+    model.load_state_dict(state["ema"])
+    alpha_bar = odm.alpha_bars(state["config"])
+    draw = lambda severity, keys, eta: odm.draw_images(model, alpha_bar, severity, keys, 8, 10, 2.0, eta)
+    for eta in (0.0, 1.0):
+        together = draw([0.0, 3.0, 1.5, 2.0], [(0, i) for i in range(4)], eta)
+        alone = draw([1.5], [(0, 2)], eta)
+        assert (together[2].int() - alone[0].int()).abs().max() <= 1  # the last bit may round the other way
+        assert len({image.numpy().tobytes() for image in together}) == 4
+
+
+# ---------------------------------------------------------------------------------------- U-Net
+
+
+def test_unet_has_the_published_number_of_parameters():
+    for size, config in ((64, odm.Config()), (32, odm.Config(size=32))):
+        model = odm.UNet(config, 4)
+        assert sum(p.numel() for p in model.parameters()) - model.label.weight.numel() == 35_746_307, size
+        assert model.label.weight.shape == (5, 512)
+        assert {m.num_groups for m in model.modules() if isinstance(m, torch.nn.GroupNorm)} == {32}
+
+
+def test_attention_is_at_16_and_in_the_middle():
+    model, sides = odm.UNet(odm.Config(ch=8), 4), []
+    for module in model.modules():
+        if isinstance(module, odm.Attention):
+            module.register_forward_hook(lambda m, args, out: sides.append(out.shape[-1]))
+    model(noise(1, 3, 64, 64), torch.tensor([1]), torch.tensor([0]))
+    assert sides == [16, 16, 8, 16, 16, 16]  # 2 on the way down, the middle, 3 on the way up
+
+
+def test_unet_output_is_near_zero_at_first_and_depends_on_all_its_inputs_later():
+    torch.manual_seed(0)
+    model = odm.UNet(odm.Config(**TINY), 4).eval()
+    x, t, c = noise(1, 3, 8, 8), torch.tensor([5]), torch.tensor([1])
+    assert 0 < model(x, t, c).abs().max() < 1e-3
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.1)
+    out = model(x, t, c)
+    for other in (model(x + 0.1, t, c), model(x, t + 1, c), model(x, t, c + 3)):
+        assert max_error(out, other) > 1e-4
+
+
+def test_downsampling_pads_right_and_below_only():
+    down = odm.Down(1)
+    torch.nn.init.zeros_(down.conv.weight)
+    with torch.no_grad():
+        down.conv.weight[0, 0, 0, 0] = 1  # picks the upper left pixel of each 3x3 window
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert down(x, None, None).view(-1).tolist() == [0, 2, 8, 10]
+    with torch.no_grad():
+        down.conv.weight[0, 0] = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 1.0]])  # the lower right one
+    assert down(x, None, None).view(-1).tolist() == [10, 0, 0, 0]
+
+
+def test_time_embedding():
+    e = odm.time_embedding(torch.tensor([7]), 6)[0]
+    expected = [f(7 * math.exp(-i * math.log(10000) / 2)) for f in (math.sin, math.cos) for i in range(3)]
+    assert max_error(e, torch.tensor(expected)) < 1e-5
+
+
+def test_rungs_of_a_ladder_share_their_dropout_mask():
+    torch.manual_seed(0)
+    drop, h, image = odm.Dropout(0.3), torch.ones(3, 4, 50, 50), torch.tensor([0, 1, 1])
+    out = drop(h, image)
+    assert torch.equal(out[1], out[2]) and not torch.equal(out[0], out[1])
+    assert abs((out == 0).float().mean().item() - 0.3) < 0.02 and max_error(out[out > 0], 1 / 0.7) < 1e-6
+    assert torch.equal(drop.eval()(h, image), h)
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def test_ema_closed_form():
+    ema, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        ema.weight.fill_(100.0)
+    expected = 100.0
+    for n in range(1, 60):
+        with torch.no_grad():
+            model.weight.fill_(float(n))
+        odm.ema_update(ema, model, 0.8, n)
+        m = min(0.8, (1 + n) / (10 + n))
+        expected = m * expected + (1 - m) * n
+    assert abs(ema.weight.item() - expected) < 1e-4
+    assert m == 0.8 and 2 / 11 < 0.8  # both branches were taken
+
+
+def state_of(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def flat(state, part):
+    if part == "optimizer":
+        return torch.cat([torch.as_tensor(v).flatten().double() for s in state[part]["state"].values() for v in s.values()])
+    return torch.cat([v.flatten().double() for v in state[part].values()])
+
+
+@pytest.mark.parametrize("ladder", ["labels", "images"])
+def test_resumed_training_equals_undisturbed_training(graded, tmp_path, ladder, capsys):
+    config = odm.Config(**{**TINY, "dropout": 0.1, "ladder": ladder}, data=str(graded))
+    odm.train(replace(config, out=str(tmp_path / "whole")))
+    odm.train(replace(config, out=str(tmp_path / "parts"), steps=2))
+    odm.train(replace(config, out=str(tmp_path / "parts"), steps=4))
+    with open(tmp_path / "parts" / "metrics.csv", "a") as file:  # as if killed after a row, inside the next
+        file.write("5,1,1,1,1,,\n6,1,")
+    odm.train(replace(config, out=str(tmp_path / "parts")))
+    assert "step 4 of 6 (resumed)" in capsys.readouterr().out
+    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+    for part in ("model", "ema", "optimizer"):
+        assert torch.equal(flat(whole, part), flat(parts, part)), part
+    assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "parts" / "metrics.csv").read_bytes()
+    rows = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
+    assert [r.split(",")[0] for r in rows] == ["step", *map(str, range(1, 7))]
+
+
+def test_another_setting_does_not_resume(run, graded, capsys):
+    tiny = [f for k, v in TINY.items() for f in (odm.flag(k), ",".join(map(str, v)) if isinstance(v, tuple) else str(v))]
+    line = error_of(capsys, "train", "--preset", "paper", *tiny, "--data", graded, "--out", run, "--lr", "0.5", "--ladder", "images")
+    assert "--lr (there 0.001, now 0.5)" in line and "--ladder (there 'labels', now 'images')" in line
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(ladder="images"), dict(ordinal=0.0), dict(spacing=True, rungs=0)])
+def test_loss_falls_when_overfitting_8_images(tmp_path, changes):
+    data = write_images(tmp_path / "data", {"0": 2, "1": 2, "2": 2, "3": 2}, size=(8, 8))
+    config = odm.Config(**{**TINY, "ch": 16, "steps": 160, "lr": 3e-3, "dropout": 0.0, "log_every": 80, "save_every": 160, **changes},
+                        data=str(data), out=str(tmp_path / "run"), flip=False)
+    odm.train(config)
+    rows = np.genfromtxt(tmp_path / "run" / "metrics.csv", delimiter=",", names=True)
+    assert rows["dm"][:10].mean() > 0.9 and rows["dm"][-40:].mean() < 0.65
+    assert np.allclose(rows["loss"], rows["dm"] + config.ordinal * rows["ordinal"], atol=1e-5)
+
+
+def test_the_ordinal_loss_straightens_a_network(tmp_path, graded):
+    """The point of it all, on a small scale: with a heavy W the estimates come to lie on a line; without, they don't."""
+    straight = {}
+    for weight in (0.0, 30.0):
+        config = odm.Config(**{**TINY, "ch": 16, "steps": 150, "lr": 2e-3, "ordinal": weight, "rungs": 0, "ladder_part": 1.0, "ema": 0.9,
+                               "log_every": 150, "save_every": 150}, data=str(graded), out=str(tmp_path / f"{weight}"))
+        odm.train(config)
+        straight[weight] = np.genfromtxt(tmp_path / f"{weight}" / "metrics.csv", delimiter=",", names=True)["straightness"][-1]
+    assert straight[30.0] > straight[0.0] + 0.1
+
+
+def test_uint8_round_trip_and_rounding():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(odm.to_uint8(odm.to_unit(every)), every)
+    assert odm.to_uint8(torch.tensor([-3.0, 3.0, 100.6 / 127.5 - 1])).tolist() == [0, 255, 101]
+
+
+# ----------------------------------------------------------------------------------------- data
+
+
+def bmp(path, seed, size=(352, 288)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def test_limuc_both_layouts_side_by_side(tmp_path):
+    said = []
+    n = 0
+    for split, counts in (("train_and_validation_sets", (4, 2, 1, 1)), ("test_set", (2, 1, 1, 0))):
+        for grade, count in enumerate(counts):
+            (tmp_path / split / f"Mayo {grade}").mkdir(parents=True)
+            for _ in range(count):
+                n += 1
+                bmp(tmp_path / split / f"Mayo {grade}" / f"UC_patient_{n}_1.bmp", n)
+                bmp(tmp_path / "patient_based_classified_images" / f"{n % 5 + 1}" / f"Mayo {grade}" / f"UC_patient_{n}_1.bmp", n)
+        (tmp_path / "patient_based_classified_images" / "1" / "Mayo 3").mkdir(parents=True, exist_ok=True)
+    stray = tmp_path / "test_set" / "Mayo 1" / "New folder (2)"
+    bmp(stray / "UC_patient_99_1.bmp", 99)
+    bmp(tmp_path / "patient_based_classified_images" / "7" / "Mayo 2" / "copy" / "UC_patient_98_1.bmp", 98)
+    (tmp_path / "test_set" / "Mayo 0" / "Thumbs.db").write_bytes(b"x")
+    (tmp_path / "test_set" / "Mayo 0" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "._UC_patient_1_1.bmp").write_bytes(b"x")
+    images, labels, names = odm.load_images(tmp_path, 64, say=said.append)
+    assert names == ["Mayo 0", "Mayo 1", "Mayo 2", "Mayo 3"]
+    assert labels.bincount().tolist() == [6, 4, 3, 1] and images.shape == (14, 3, 64, 64) and images.dtype == torch.uint8
+    assert "12 files that are there twice" in said[0]
+    images, labels, names = odm.load_images(tmp_path / "patient_based_classified_images", 32)
+    assert labels.bincount().tolist() == [6, 3, 3, 1]
+
+
+def test_equal_names_with_different_content_are_different_images(tmp_path):
+    bmp(tmp_path / "train" / "0" / "1.bmp", 1, (8, 8))
+    bmp(tmp_path / "test" / "0" / "1.bmp", 2, (8, 8))
+    bmp(tmp_path / "test" / "1" / "1.bmp", 2, (8, 8))
+    assert odm.load_images(tmp_path, 8)[1].bincount().tolist() == [2, 1]
+
+
+def test_crop_is_the_middle_128_of_a_frame_and_the_middle_square_of_others(tmp_path):
+    x, y = np.meshgrid(np.arange(352), np.arange(288))
+    frame = Image.fromarray(np.stack([x % 256, y % 256, 0 * x], -1).astype(np.uint8))
+    square = odm.to_square(frame, 128, 0)
+    assert square[0, 0, 0] == 112 and square[0, 0, -1] == 239 and square[1, 0, 0] == 80 and square[1, -1, 0] == 207
+    assert odm.to_square(frame.crop((0, 0, 100, 60)), 60, 0)[0, 0].tolist() == list(range(20, 80))
+    assert odm.to_square(frame.crop((0, 0, 100, 60)), 10, 10)[0, 0].tolist() == list(range(45, 55))
+    checker = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    assert abs(odm.to_square(checker, 8, 0).astype(int)[:, 2:-2, 2:-2] - 127.5).max() < 3  # antialiased
+
+
+def test_eyepacs(tmp_path, capsys):
+    folder = tmp_path / "eyepacs_preprocess" / "eyepacs_preprocess"
+    folder.mkdir(parents=True)
+    levels = {"10_left": 0, "10_right": 0, "13_left": 4, "15_left": 2, "16_left": 1, "17_left": 3, "404_left": 0}
+    (tmp_path / "trainLabels.csv").write_text("level,image\n" + "".join(f"{v},{k}\n" for k, v in levels.items()))
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    for i, stem in enumerate(levels):
+        if stem != "404_left":
+            Image.new("RGB", (20, 16), (i * 10, 0, 0)).save(folder / f"{stem}.jpeg")
+    Image.new("RGB", (20, 16)).save(folder / "unlisted.jpeg")
+    said = []
+    images, labels, names = odm.load_images(tmp_path, 16, say=said.append)
+    assert names == ["0", "1", "2", "3", "4"] and labels.bincount().tolist() == [2, 1, 1, 1, 1]
+    assert abs(int(images[2, 0].float().mean()) - 20) <= 2 and labels[2] == 4  # 13_left
+    assert "lists 7 images" in said[0] and "1 of them are missing" in said[0] and "1 other images passed over" in said[0]
+
+
+def test_names_without_numbers_ask_for_their_order(tmp_path, capsys):
+    data = write_images(tmp_path, {"No_DR": 2, "Mild": 1, "Moderate": 1})
+    line = error_of(capsys, "train", "--data", data, "--out", tmp_path / "x")
+    assert "--order" in line and "Mild, Moderate, No_DR" in line
+    assert odm.load_images(data, 8, order="No_DR,Mild,Moderate")[2] == ["No_DR", "Mild", "Moderate"]
+    assert "name each of them once" in error_of(capsys, "train", "--data", data, "--order", "No_DR,Mild")
+    write_images(tmp_path / "twice", {"grade 1": 1, "class 1": 1, "grade 2": 1})
+    assert "same number" in error_of(capsys, "train", "--data", tmp_path / "twice")
+
+
+def test_order_is_by_number_not_by_alphabet(tmp_path):
+    data = write_images(tmp_path, {"grade 10": 1, "grade 9": 1, "grade 2": 1})
+    assert odm.load_images(data, 8)[2] == ["grade 2", "grade 9", "grade 10"]
+
+
+def test_pixels_are_read_right(tmp_path):
+    def pixel(name, at=(0, 0)):
+        return odm.read_image(tmp_path / name).getpixel(at)
+
+    Image.fromarray(np.array([[0, 32896, 65535]], np.uint16)).save(tmp_path / "sixteen.png")
+    assert [pixel("sixteen.png", (i, 0)) for i in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
+    Image.new("RGBA", (2, 2), (200, 100, 50, 0)).save(tmp_path / "clear.png")
+    assert pixel("clear.png") == (0, 0, 0)
+    Image.new("RGBA", (2, 2), (200, 100, 50, 128)).save(tmp_path / "half.png")
+    assert np.abs(np.subtract(pixel("half.png"), (100, 50, 25))).max() <= 1
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.save(tmp_path / "palette.png")
+    assert pixel("palette.png") == (10, 200, 30)
+    palette.save(tmp_path / "clear_palette.png", transparency=1)
+    assert pixel("clear_palette.png") == (0, 0, 0)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=95)
+    assert np.abs(np.subtract(pixel("cmyk.jpg"), (255, 0, 0))).max() < 12
+    turned = Image.new("RGB", (4, 2), "white")
+    turned.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    upright = odm.read_image(tmp_path / "turned.png")
+    assert upright.size == (2, 4) and upright.getpixel((1, 0)) == (255, 0, 0)
+    Image.new("RGB", (2, 2), "red").save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (2, 2), "blue")])
+    assert pixel("moving.gif") == (255, 0, 0)
+    Image.new("L", (2, 2), 77).save(tmp_path / "grey.png")
+    assert pixel("grey.png") == (77, 77, 77)
+    Image.new("1", (2, 2), 1).save(tmp_path / "bits.png")
+    assert pixel("bits.png") == (255, 255, 255)
+    (tmp_path / "really.jpg").write_bytes((tmp_path / "grey.png").read_bytes())  # a PNG by another name
+    assert pixel("really.jpg") == (77, 77, 77)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def test_sample_folders_and_sheet(run, tmp_path):
+    out = odm.sample(run, "all", n=20, out=tmp_path / "all")
+    assert [len(list((out / f"Mayo {g}").glob("*.png"))) for g in range(4)] == [9, 5, 3, 3]  # the training frequencies
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("0*.png")}
+    gone = out / "Mayo 1" / "00002.png"
+    gone.unlink()
+    odm.sample(run, "all", n=20, out=out)
+    assert gone.read_bytes() == before[gone][0]
+    assert all(p.stat().st_mtime_ns == t for p, (_, t) in before.items() if p != gone)
+    with pytest.raises(odm.UserError, match="seed"):
+        odm.sample(run, "all", n=20, out=out, seed=1)
+    ladder = odm.sample(run, "0:3:0.5", each=2, out=tmp_path / "ladder")
+    assert sorted(p.name for p in ladder.iterdir() if p.is_dir()) == ["0.5", "1.5", "2.5", "Mayo 0", "Mayo 1", "Mayo 2", "Mayo 3"]
+    assert Image.open(ladder / "sheet.png").size == (7 * 132 + 4, 2 * 132 + 4 + 24)
+
+
+def test_image_i_depends_on_seed_class_and_i_alone(run, tmp_path):
+    few = odm.sample(run, "2", n=3, out=tmp_path / "few", batch=2)
+    many = odm.sample(run, "all", each=6, out=tmp_path / "many", batch=5)
+    read = lambda path: np.asarray(Image.open(path)).astype(int)
+    for i in range(3):
+        assert np.abs(read(few / "Mayo 2" / f"{i:05d}.png") - read(many / "Mayo 2" / f"{i:05d}.png")).max() <= 1
+    other = odm.sample(run, "2", n=3, out=tmp_path / "other", seed=1)
+    assert np.abs(read(few / "Mayo 2" / "00000.png") - read(other / "Mayo 2" / "00000.png")).max() > 20
+
+
+def test_severities_on_the_command_line():
+    classes = odm.Classes(["Mayo 1", "Mayo 2", "Mayo 3"], [1.0, 2.0, 3.0], [5, 3, 2])
+    parse = lambda text: odm.parse_severities(text, classes)
+    assert parse("3") == [("Mayo 3", 2.0)] and parse("Mayo 2") == [("Mayo 2", 1.0)] and parse("1.5") == [("1.5", 0.5)]
+    assert parse("1:2:0.25") == [("Mayo 1", 0.0), ("1.25", 0.25), ("1.5", 0.5), ("1.75", 0.75), ("Mayo 2", 1.0)]
+    assert parse("all") == [("Mayo 1", 0.0), ("Mayo 2", 1.0), ("Mayo 3", 2.0)]
+    gap = odm.Classes(["0", "2"], [0.0, 2.0], [1, 1])
+    assert odm.parse_severities("1", gap) == [("1", 0.5)]  # between two classes, by their severities
+    for wrong in ("0", "4", "Mayo 4", "1:2:0", "3:1:1", "1:2:3:4", "nan", "", "1:nan:1", "1:3:1e-9"):
+        with pytest.raises(odm.UserError, match="--class"):
+            parse(wrong)
+
+
+def test_shares():
+    assert odm.shares(11276, [6105, 3052, 1254, 865]) == [6105, 3052, 1254, 865]
+    assert odm.shares(10, [1, 1, 1]) == [4, 3, 3] and sum(odm.shares(50_000, [6105, 3052, 1254, 865])) == 50_000
+
+
+def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    one = write_images(tmp_path / "one", {"Mayo 0": 2})
+    broken = write_images(tmp_path / "broken", {"0": 1, "1": 1, "2": 1})
+    victim = broken / "1" / "1_0.png"
+    victim.write_bytes(victim.read_bytes()[:60])
+    torn, junk = tmp_path / "torn.pt", tmp_path / "junk.pt"
+    torn.write_bytes((run / "checkpoint.pt").read_bytes()[:-2000])
+    junk.write_bytes(b"no checkpoint at all")
+    flipped = tmp_path / "flipped.pt"
+    content = bytearray((run / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    flipped.write_bytes(content)
+    shape = tmp_path / "shape.pt"
+    state = state_of(run)
+    torch.save({**state, "config": {**state["config"], "ch": 16}}, shape)
+    for expected, argv in {
+        "no such folder": ["train", "--data", tmp_path / "absent"],
+        "no images": ["train", "--data", tmp_path / "empty"],
+        "one class only": ["train", "--data", one],
+        "no image has a class": ["train", "--data", one / "Mayo 0"],
+        str(victim): ["train", "--data", broken],
+        "--crop 11": ["train", "--data", graded, "--crop", "11"],
+        "no such class": ["sample", "--checkpoint", run, "--class", "severe"],
+        "not among the classes": ["sample", "--checkpoint", run, "--class", "4"],
+        "another shape": ["sample", "--checkpoint", shape],
+        f"{torn}: not a whole checkpoint": ["sample", "--checkpoint", torn],
+        f"{flipped}: not a whole checkpoint": ["sample", "--checkpoint", flipped],
+        f"{junk}: not a whole checkpoint": ["sample", "--checkpoint", junk],
+        "no such checkpoint": ["sample", "--checkpoint", tmp_path / "none.pt"],
+        "--batch 0": ["train", "--data", graded, "--batch", "0"],
+        "--lr nan": ["train", "--data", graded, "--lr", "nan"],
+        "--beta-T": ["train", "--data", graded, "--beta-1", "0.5"],
+        "--size 62": ["train", "--data", graded, "--size", "62"],
+        "--rungs 2": ["train", "--data", graded, "--rungs", "2"],
+        "--ladder x": ["train", "--data", graded, "--ladder", "x"],
+        "--steps": ["train", "--steps", "many"],
+        "--device": ["train", "--data", graded, "--device", "abacus"],
+        "--sample-steps 51": ["sample", "--checkpoint", run, "--sample-steps", "51"],
+        "--eta 2": ["sample", "--checkpoint", run, "--eta", "2"],
+        "-n -1": ["sample", "--checkpoint", run, "-n", "-1"],
+        "unrecognized arguments: --frobnicate": ["train", "--frobnicate"],
+        "invalid choice: 'fly'": ["fly"],
+    }.items():
+        assert expected in error_of(capsys, *argv), expected
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_without_running_it(run, tmp_path, capsys):
+    evil, trace = tmp_path / "evil.pt", tmp_path / "it ran"
+    torch.save({**state_of(run), "extra": Bomb(str(trace))}, evil)
+    assert "not a whole checkpoint" in error_of(capsys, "sample", "--checkpoint", evil)
+    evil.write_bytes(pickle.dumps(Bomb(str(trace))))
+    assert "not a whole checkpoint" in error_of(capsys, "sample", "--checkpoint", evil)
+    assert not trace.exists()
+
+
+def test_a_checkpoint_of_another_version_says_what_differs(run, tmp_path, capsys):
+    state = state_of(run)
+    config = {**state["config"], "from_the_future": 1}
+    del config["guidance"]
+    torch.save({**state, "config": config}, tmp_path / "other.pt")
+    loaded = odm.load_checkpoint(tmp_path / "other.pt")
+    said = capsys.readouterr().out
+    assert loaded["config"].guidance == 2.0 and "from_the_future" in said and "guidance" in said
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "..", "a\\b"])
+def test_class_names_never_become_paths(run, tmp_path, capsys, name):
+    state = state_of(run)
+    state["classes"]["names"][0] = name
+    torch.save(state, tmp_path / "evil.pt")
+    assert "cannot be the name of a folder" in error_of(capsys, "sample", "--checkpoint", tmp_path / "evil.pt", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(graded, tmp_path, capsys):
+    config = odm.Config(**{**TINY, "steps": 2}, data=str(graded), out=str(tmp_path / "run"))
+    odm.train(config)
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    real = odm.dm_loss
+    try:
+        odm.dm_loss = lambda eps, eps_hat: real(eps, eps_hat) * math.nan
+        with pytest.raises(odm.UserError, match="step 3: the loss is not finite; the last good checkpoint is that of step 2"):
+            odm.train(replace(config, steps=6))
+    finally:
+        odm.dm_loss = real
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stop_signals_save_and_say_how_to_go_on(graded, tmp_path, number, status):
+    tiny = [f for k, v in {**TINY, "steps": 100_000}.items() for f in (odm.flag(k), ",".join(map(str, v)) if isinstance(v, tuple) else str(v))]
+    process = subprocess.Popen([sys.executable, HERE / "odm.py", "train", *tiny, "--data", graded, "--out", tmp_path / "run"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == status and not errors
+    step = state_of(tmp_path / "run")["step"]
+    assert f"stopped and saved at step {step:,}; the same command goes on" in said
+    assert (tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].startswith(f"{step},")
