@@ -27,6 +27,7 @@ ascending severity, K the number of classes seen together in one "ladder" (3 in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import filecmp
@@ -43,7 +44,6 @@ import sys
 import time
 import warnings
 import zipfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -51,6 +51,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
@@ -116,6 +117,8 @@ class Config:
     save_every: int = setting(2000, "steps between checkpoints", low=1, free=True)
     sheet_every: int = setting(10_000, "steps between sheets of samples; 0: only at the end", low=0, free=True)
     device: str = setting("auto", "cpu, cuda, ...; auto: the GPU if there is one", free=True)
+    precision: str = setting("auto", "of the network; losses stay float32. auto: bfloat16 where the processor has it", choices=("auto", "float32", "bfloat16"), free=True)
+    compile: str = setting("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"), free=True)
 
 
 # Small enough for two cores and a few minutes: 32x32 images, 1.2 M parameters.
@@ -447,15 +450,6 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 MAX_PIXELS = 100_000_000
 
 
-@dataclass
-class Classes:
-    """The ordered classes of a data set: names in ascending severity, their severities, images of each."""
-
-    names: list[str]
-    severities: list[float]
-    counts: list[int]
-
-
 def list_images(root: str | Path) -> list[Path]:
     """Image files anywhere below root, sorted; hidden files, other files and linked folders are passed over."""
     found = []
@@ -501,12 +495,17 @@ def number_in(name: str) -> float | None:
     return float(numbers[0]) if len(numbers) == 1 else None
 
 
+def check_name(name: str) -> None:
+    """Samples are written to a folder of the class's name: it must be one, and never a path."""
+    if not name.strip(" .") or re.search(r'[/\\:*?"<>|\x00-\x1f]', name):
+        raise UserError(f"class name {name!r} cannot be the name of a folder: rename it")
+
+
 def rank_classes(found: set[str], order: str = "") -> dict[str, float]:
     """{class name: severity} in ascending severity, by --order or by the number in each name."""
     hint = "pass --order with the names in ascending severity, separated by commas"
     for name in found:
-        if not name or name in (".", "..") or re.search(r'[/\\:*?"<>|\x00-\x1f]', name):
-            raise UserError(f"class name {name!r} cannot be the name of a folder: rename it")
+        check_name(name)
     if order:
         names = [name.strip() for name in order.split(",")]
         if set(names) != found or len(names) != len(found):
@@ -569,8 +568,8 @@ def labels_from_folders(root: Path, paths: list[Path], order: str) -> tuple[list
     return pairs, notes
 
 
-def find_images(root: str | Path, order: str = "") -> tuple[list[Path], list[int], Classes, list[str]]:
-    """Paths, class index of each, the classes, and remarks on what was left out."""
+def find_images(root: str | Path, order: str = "") -> tuple[list[Path], list[int], list[str], list[str]]:
+    """Paths, class index of each, class names in ascending severity, and remarks on what was left out."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder (data/README.md says how to get the data sets)")
@@ -585,9 +584,7 @@ def find_images(root: str | Path, order: str = "") -> tuple[list[Path], list[int
     if len(severity) < 2:
         raise UserError(f"{root}: one class only ({', '.join(severity)}); name the folder that holds all class folders")
     index = {name: i for i, name in enumerate(severity)}
-    counts = Counter(name for _, name in pairs)
-    classes = Classes(list(severity), list(severity.values()), [counts[name] for name in severity])
-    return [path for path, _ in pairs], [index[name] for _, name in pairs], classes, notes
+    return [path for path, _ in pairs], [index[name] for _, name in pairs], list(severity), notes
 
 
 def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = "", say: Callable = lambda line: None):
@@ -596,13 +593,7 @@ def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = ""
     Reads LIMUC, EyePACS and any tree of class folders as distributed (data/README.md); an image's class
     is its parent folder's name, or its level in a CSV. Raises UserError naming the file or flag.
     """
-    images, labels, classes = load_classes(root, size, crop, order, say)
-    return images, labels, classes.names
-
-
-def load_classes(root: str | Path, size: int, crop: int, order: str, say: Callable) -> tuple[Tensor, Tensor, Classes]:
-    """load_images with the whole of Classes."""
-    paths, labels, classes, notes = find_images(root, order)
+    paths, labels, names, notes = find_images(root, order)
 
     def load(path: Path) -> np.ndarray | UserError:
         try:
@@ -613,12 +604,12 @@ def load_classes(root: str | Path, size: int, crop: int, order: str, say: Callab
         except UserError as error:
             return error
 
-    say(f"{root}: " + ", ".join(f"{n} {c:,}" for n, c in zip(classes.names, classes.counts)) + "".join(f"; {note}" for note in notes))
+    say("; ".join([f"{root}: " + ", ".join(f"{name} {labels.count(i):,}" for i, name in enumerate(names)), *notes]))
     with ThreadPoolExecutor() as pool:
         loaded = list(pool.map(load, paths))
     if errors := [item for item in loaded if isinstance(item, UserError)]:
         raise UserError(str(errors[0]) + (f" (and {len(errors) - 1} more such files)" if len(errors) > 1 else ""))
-    return torch.from_numpy(np.stack(loaded)), torch.tensor(labels), classes
+    return torch.from_numpy(np.stack(loaded)), torch.tensor(labels), names
 
 
 # ---------------------------------------------------------------------------------- training
@@ -755,76 +746,83 @@ def measure_ladder(model: UNet, images: Tensor, alpha_bar: Tensor, n: int = 16) 
 
 
 def train(config: Config) -> Path:
-    """Train, or resume, the run in config.out and return that folder: checkpoint.pt, metrics.csv, sheets."""
+    """Train, or resume, the run in config.out and return that folder: checkpoint.pt, metrics.csv, sheets.
+
+    Under torchrun the batch is divided among the processes: the losses are those of one process.
+    """
     check_config(config)
-    device = choose_device(config.device)
-    root, out = data_and_out(config)
-    if not config.data:
+    device, rank, world = start(config.device)
+    root = Path(config.data) if config.data else HERE / "data" / "demo"
+    out = Path(config.out) if config.out else Path("runs") / root.resolve().name
+    if not config.data and rank == 0:
         draw_demo(root)
-    images, labels, classes = load_classes(root, config.size, config.crop, config.order, say)
-    if config.ordinal > 0 and len(classes.names) < 3:
+    wait_for_all(world)
+    images, labels, names = load_images(root, config.size, config.crop, config.order, say)
+    classes = Classes(names, list(rank_classes(set(names), config.order).values()), labels.bincount().tolist())
+    if config.ordinal > 0 and len(names) < 3:
         say("two classes only: no triplet p < q < r, so the ordinal loss is off and this is the plain diffusion model")
-    out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(seed_of(config.seed))
-    model = UNet(config, len(classes.names))
-    model = model.to(device, memory_format=torch.channels_last)
+    model = UNet(config, len(names)).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    held = claim(out, 16 * n_parameters) if rank == 0 else None  # kept open: it is the lock
     step = resume(out / "checkpoint.pt", config, classes, model, ema, optimizer)
-    log = Log(out / "metrics.csv", step, config)
-    say(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, step {step:,} of {config.steps:,}"
-        + (" (resumed)" if step else ""))
+    if step >= config.steps:
+        say(f"{out}: trained to step {step:,} already; a higher --steps goes on")
+        return out
+    log = Log(out / "metrics.csv", step, config) if rank == 0 else None
+    say(f"{out}: {n_parameters:,} parameters on {device}" + (f" x {world}" if world > 1 else "")
+        + f", step {step:,} of {config.steps:,}" + (" (resumed)" if step else ""))
 
     images, alpha_bar = images.to(device), alpha_bars(config).to(device)
-    batches, stop = Batches(config, labels, classes.severities), StopSignals()
+    batches, net = Batches(config, labels, classes.severities), Network(model, config, device)
+    parameters = list(model.parameters())
     model.train()
-    while step < config.steps and not stop.received:
-        batch = batches.draw(step).to(device)
-        x_0 = to_unit(images[batch.index])
-        x_0 = torch.where(batch.flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0).to(memory_format=torch.channels_last)
-        torch.manual_seed(seed_of(config.seed, step, 1))  # eps and the dropout masks: a function of (seed, step)
-        eps = torch.randn_like(x_0)[batch.noise]
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1, (step + 1) / max(config.warmup, 1))
-        total, dm, ordinal = total_loss(model, x_0, eps, batch, alpha_bar, config)
-        optimizer.zero_grad()
-        total.backward()
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        step += 1
-        ema_update(ema, model, config.ema, step)
-        log.add(step, total, dm, ordinal, grad_norm)
+    with StopSignals() as stop:
+        while step < config.steps and not stop.agreed(step, device, world):
+            batch = batches.draw(step).part(rank, world).to(device)
+            x_0 = to_unit(images[batch.index]).to(memory_format=torch.channels_last)
+            x_0 = torch.where(batch.flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
+            torch.manual_seed(seed_of(config.seed, step, 1))  # eps of the whole batch: a function of (seed, step)
+            eps = torch.randn(config.batch, *x_0.shape[1:], device=device)[batch.noise]
+            torch.manual_seed(seed_of(config.seed, step, 2, rank))  # the dropout masks
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1, (step + 1) / max(config.warmup, 1))
+            losses = total_loss(net, x_0, eps, batch, alpha_bar, config)  # Eq. 8
+            optimizer.zero_grad()
+            losses[0].backward()
+            losses = torch.stack(losses).detach()
+            if world > 1:
+                add_up([losses, *(p.grad for p in parameters)])
+            grad_norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+            optimizer.step()
+            step += 1
+            ema_update(ema, model, config.ema, step)
+            if rank > 0:
+                continue
 
-        last = step == config.steps or bool(stop.received)
-        if step % config.log_every == 0 or last:
-            log.measured(step, *measure_ladder(ema, images, alpha_bar))
-        if step % config.save_every == 0 or last:
-            log.flush()  # refuses to go on, and to save, after a loss that is not finite
+            # Only the first process gets here: measuring, saving, drawing.
+            log.add(step, torch.cat([losses, grad_norm[None]]))
+            last = step == config.steps
+            if last or step % config.log_every == 0:
+                log.measured(*measure_ladder(ema, images, alpha_bar))
+            if last or step % config.save_every == 0:
+                log.flush()  # before saving: it refuses losses that are not finite
+                save_checkpoint(out / "checkpoint.pt", config, classes, model, ema, optimizer, step)
+            if last or config.sheet_every and step % config.sheet_every == 0:
+                sheet = out / "sheets" / f"{step:06d}.png"
+                draw_sheet(Network(ema, replace(config, compile="off"), device), classes, config, sheet)
+                shutil.copyfile(sheet, out / "sheet.png")
+    if step < config.steps:
+        if rank == 0:
+            log.flush()
             save_checkpoint(out / "checkpoint.pt", config, classes, model, ema, optimizer, step)
-        if config.sheet_every and step % config.sheet_every == 0 or step == config.steps:
-            path = out / "sheets" / f"{step:06d}.png"
-            draw_sheet(ema, classes, config, path)
-            shutil.copyfile(path, out / "sheet.png")
-    log.close()
-    if stop.received and step < config.steps:
-        say(f"stopped and saved at step {step:,}; the same command goes on from there")
-        raise SystemExit(128 + stop.received[0])
+            say(f"{out}: stopped and saved at step {step:,}; the same command goes on from there")
+        raise Stopped(stop.number)
+    say(f"{out}: trained to step {step:,}; {out / 'sheet.png'} shows samples")
     return out
-
-
-class StopSignals:
-    """Notes Ctrl-C and SIGTERM (clusters send it), so that the loop can save first. A second one ends at once."""
-
-    def __init__(self):
-        self.received: list[int] = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame) -> None:
-        if self.received:
-            raise SystemExit(128 + number)
-        self.received.append(number)
 
 
 class Log:
@@ -833,72 +831,166 @@ class Log:
     COLUMNS = ("step", "loss", "dm", "ordinal", "grad_norm", "straightness", "gap")
 
     def __init__(self, path: Path, step: int, config: Config):
-        self.path, self.config, self.pending, self.latest = path, config, [], {}
-        self.saved, self.begun, self.line_at = step, time.monotonic(), 0.0
-        self.first = self.step = step
-        rows = []
+        self.path, self.config, self.step, self.saved = path, config, step, step
+        self.pending, self.shown, self.shown_at, self.begun = [], "", 0.0, (time.monotonic(), step)
+        rows = [self.COLUMNS]
         if step and path.exists():  # rows that an interrupted run wrote after its last checkpoint go
-            rows = [r for r in csv.reader(open(path, newline="")) if len(r) == len(self.COLUMNS) and r[0].isdigit() and int(r[0]) <= step]
-        write_atomically(path, lambda f: f.write("".join(",".join(r) + "\n" for r in [self.COLUMNS, *rows]).encode()))
-        self.file = open(path, "a", newline="", encoding="utf-8")
+            with open(path, newline="") as file:
+                rows += [r for r in csv.reader(file) if len(r) == len(rows[0]) and r[0].isdigit() and int(r[0]) <= step]
+        write_file(path, lambda f: f.write("".join(",".join(r) + "\n" for r in rows).encode()))
 
-    def add(self, step: int, *values: Tensor) -> None:
-        self.pending.append((step, torch.stack([v.detach() for v in values])))
+    def add(self, step: int, values: Tensor) -> None:
+        """values: (4,) total loss, L_DM, ordinal part, gradient norm."""
         self.step = step
+        self.pending.append([step, values, "", ""])
 
-    def measured(self, step: int, straight: float, gap: float) -> None:
-        self.latest = {step: (straight, gap)}
-        self.flush()
-        self.progress()
+    def measured(self, straight: float, gap: float) -> None:
+        self.pending[-1][2:] = [f"{straight:.6g}", f"{gap:.6g}"]
+        mean = self.flush()
+        rate = (self.step - self.begun[1]) / (time.monotonic() - self.begun[0])
+        left = (self.config.steps - self.step) / rate / 60
+        progress(f"step {self.step:,}/{self.config.steps:,}  L_DM {mean[1]:.4f}  lambda_t L_ordinal {mean[2]:.6f}  straightness {straight:.3f}  "
+                 f"gap {gap:.4f}  {rate * self.config.batch:.1f} images/s  {left:.1f} min left", last=self.step == self.config.steps)
 
-    def flush(self) -> None:
-        """Write the pending rows; a loss that is not finite ends the run here, before it can be saved."""
+    def flush(self) -> np.ndarray:
+        """Write the pending rows and return their mean; losses that are not finite end the run before it is saved."""
         if not self.pending:
-            return
-        values = torch.stack([v for _, v in self.pending]).tolist()
-        for (step, _), row in zip(self.pending, values):
+            return np.zeros(4)
+        values = torch.stack([v for _, v, *_ in self.pending]).tolist()
+        for (step, *_), row in zip(self.pending, values):
             if not all(map(math.isfinite, row)):
-                raise UserError(f"step {step}: the loss is not finite; the last good checkpoint is that of step {self.saved} in "
-                                f"{self.path.parent}: lower --lr there, in another --out")
-            extra = [f"{v:.6g}" for v in self.latest.get(step, ())] or ["", ""]
-            self.file.write(",".join([str(step), *(f"{v:.7g}" for v in row), *extra]) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.mean = np.mean(values, axis=0)
+                raise UserError(f"step {step}: the loss is not finite; {self.path.with_name('checkpoint.pt')} holds the last good state, "
+                                "if one was saved: train with a lower --lr in another --out")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(f"{step}," + ",".join(f"{v:.7g}" for v in row) + f",{straight},{gap}\n"
+                                for (step, _, straight, gap), row in zip(self.pending, values))
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
         self.pending = []
+        return np.mean(values, axis=0)
 
-    def progress(self) -> None:
-        """One line: rewritten in place on a terminal, else printed at most every 20 seconds."""
-        now, (straight, gap) = time.monotonic(), next(iter(self.latest.values()))
-        last, terminal = self.step == self.config.steps, sys.stdout.isatty()
-        if not terminal and not last and now - self.line_at < 20:
-            return
-        self.line_at = now
-        rate = (self.step - self.first) / max(now - self.begun, 1e-9)
-        line = (f"step {self.step:,}/{self.config.steps:,}  L_DM {self.mean[1]:.4f}  lambda_t L_ordinal {self.mean[2]:.6f}  "
-                f"straightness {straight:.3f}  gap {gap:.4f}  {rate * self.config.batch:.1f} images/s  "
-                f"{(self.config.steps - self.step) / max(rate, 1e-9) / 60:.1f} min left")
-        print(("\r" if terminal else "") + line + ("  " if terminal else "\n"), end="\n" if terminal and last else "", flush=True)
 
-    def close(self) -> None:
-        self.flush()
-        self.file.close()
+# ------------------------------------------------------------------- the machine: devices, processes
+
+
+class Network:
+    """The network as it is run: under autocast, and compiled. The module itself stays raw: it is saved, averaged, counted."""
+
+    def __init__(self, model: UNet, config: Config, device: torch.device):
+        self.num_classes, self.device, self.run = model.num_classes, device, model
+        if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+            try:
+                torch.compile(torch.sin)(torch.zeros(8, device=device))  # is there a compiler at all?
+                self.run = torch.compile(model)
+            except Exception as error:
+                say(f"torch.compile does not work here ({type(error).__name__}); going on without")
+        if config.precision == "auto":
+            native = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+            fast = native.get("amx_bf16") or native.get("avx512_bf16") or device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.bfloat16 = bool(fast) if config.precision == "auto" else config.precision == "bfloat16"
+
+    def __call__(self, *args) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.run(*args).float()
+
+
+def start(name: str) -> tuple[torch.device, int, int]:
+    """(device, rank, world): one process, or one of several under torchrun."""
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local}" if name == "cuda" and world > 1 else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {first_line(error)}") from None
+    if world > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
+
+
+def wait_for_all(world: int) -> None:
+    if world > 1:
+        dist.barrier()
+
+
+def add_up(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in one message."""
+    message = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(message)
+    for t, total in zip(tensors, message.split([t.numel() for t in tensors])):
+        t.copy_(total.view_as(t))
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM came; its number."""
+
+
+class StopSignals:
+    """Notes Ctrl-C and SIGTERM (clusters send it), so that the loop can save first. A second one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __enter__(self) -> StopSignals:
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame) -> None:
+        if self.number:
+            raise Stopped(number)
+        self.number = number
+
+    def agreed(self, step: int, device: torch.device, world: int) -> bool:
+        """Whether to stop before this step. Several processes agree on it, every tenth step, as asking costs time."""
+        if world > 1:
+            if step % 10:
+                return False
+            number = torch.tensor(self.number, device=device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.number = int(number)
+        return self.number > 0
+
+
+def say(line: str) -> None:
+    """Print a line, from the first process alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
+
+
+def progress(line: str, last: bool) -> None:
+    """On a terminal a line that is rewritten in place; elsewhere a line at most every 20 seconds, and the last."""
+    if sys.stdout.isatty():
+        print("\r" + line.ljust(shutil.get_terminal_size().columns - 1), end="\n" if last else "", flush=True)
+    elif last or time.monotonic() - progress.at > 20:
+        progress.at = time.monotonic()
+        say(line)
+
+
+progress.at = -math.inf
 
 
 # --------------------------------------------------------------------- checkpoints and files
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+@dataclass
+class Classes:
+    """The ordered classes of a run: names in ascending severity, their severities, images of each."""
+
+    names: list[str]
+    severities: list[float]
+    counts: list[int]
 
 
-def choose_device(name: str) -> torch.device:
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def flag(name: str) -> str:
@@ -909,69 +1001,80 @@ def check_config(config: Config) -> None:
     """Raise UserError on the first setting that is out of range, alone or beside the others."""
     for f in fields(config):
         value, meta = getattr(config, f.name), f.metadata
+        low, high, choices = meta["low"], meta["high"], meta["choices"]
         for v in value if isinstance(value, tuple) else (value,):
-            limits = [f"at least {meta['low']}"] * (meta["low"] is not None) + [f"at most {meta['high']}"] * (meta["high"] is not None)
-            wrong = isinstance(v, float) and not math.isfinite(v)
-            wrong |= meta["low"] is not None and not v >= meta["low"]
-            wrong |= meta["high"] is not None and not v <= meta["high"]
-            if wrong:
-                raise UserError(f"{flag(f.name)} {v}: must be {' and '.join(limits) or 'a number'}")
-            if meta["choices"] and v not in meta["choices"]:
-                raise UserError(f"{flag(f.name)} {v}: must be {' or '.join(meta['choices'])}")
+            if choices and v not in choices:
+                raise UserError(f"{flag(f.name)} {v}: must be {' or '.join(choices)}")
+            if low is not None and not low <= v <= (math.inf if high is None else high) or isinstance(v, float) and not math.isfinite(v):
+                raise UserError(f"{flag(f.name)} {v}: must be at least {low}" + ("" if high is None else f" and at most {high}"))
+    levels, rungs = len(config.ch_mult), max(config.rungs, 3)
     for wrong, message in (
-        (not config.ch_mult, "--ch-mult: name one multiplier or more, as 1,2,2,2"),
+        (not levels, "--ch-mult: name one multiplier or more, as 1,2,2,2"),
+        (levels and config.size % 2 ** (levels - 1), f"--size {config.size}: must be a multiple of 2^{levels - 1}, as --ch-mult names {levels} resolutions"),
+        (config.ch % 4, f"--ch {config.ch}: must be a multiple of 4"),
         (config.beta_T < config.beta_1, f"--beta-T {config.beta_T}: must be at least --beta-1 ({config.beta_1})"),
         (config.sample_steps > config.timesteps, f"--sample-steps {config.sample_steps}: must be at most --timesteps ({config.timesteps})"),
-        (config.size % 2 ** (len(config.ch_mult) - 1), f"--size {config.size}: must be a multiple of {2 ** (len(config.ch_mult) - 1)}, as --ch-mult has {len(config.ch_mult)} resolutions"),
-        (config.ch % 4, f"--ch {config.ch}: must be a multiple of 4"),
         (config.rungs in (1, 2), f"--rungs {config.rungs}: a ladder takes 3 classes or more, or 0 for all"),
-        (config.ladder == "images" and config.batch < max(config.rungs, 3), f"--batch {config.batch}: must hold a ladder of {max(config.rungs, 3)} images"),
+        (config.ladder == "images" and config.batch < rungs, f"--batch {config.batch}: must hold a ladder of {rungs} images"),
         (config.seed >= 2**63, f"--seed {config.seed}: must be below 2^63"),
     ):
         if wrong:
             raise UserError(message)
 
 
-def data_and_out(config: Config) -> tuple[Path, Path]:
-    """The data folder and the folder of the run, defaults filled in."""
-    root = Path(config.data) if config.data else HERE / "data" / "demo"
-    return root, Path(config.out) if config.out else Path("runs") / (root.resolve().name if config.data else "demo")
-
-
 def draw_demo(root: Path) -> None:
     """Draw the embedded data set with data/demo.py, unless it is there."""
-    if subprocess.run([sys.executable, HERE / "data" / "demo.py", "--out", root]).returncode:
-        raise UserError(f"{root}: the embedded data set could not be drawn; see the line above")
+    if subprocess.run([sys.executable, HERE / "data" / "demo.py", "--out", root], stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"{root}: the embedded data set could not be drawn, see the line above; delete that folder and try again")
 
 
-def write_atomically(path: Path, write: Callable) -> None:
-    """write(file) into a temporary neighbour that then replaces path: a kill or a full disk leaves the old file."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def cannot_write(path: Path, error: BaseException) -> UserError:
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return UserError(f"{path}: cannot be written ({reason}): free some space there or choose another --out; what was saved before is intact")
+
+
+def write_file(path: Path, write: Callable) -> None:
+    """write(file) into a neighbour that then takes path's place: a kill or a full disk leaves the old file whole."""
+    neighbour = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(neighbour, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(neighbour, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        with_suppressed_unlink(temporary)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        free = shutil.disk_usage(path.parent).free // 2**20
-        raise UserError(f"{path}: cannot be written ({reason}; {free:,} MiB free there): free some space or choose another --out; "
-                        "the file that was there is intact") from None
+        with contextlib.suppress(OSError):
+            neighbour.unlink()
+        raise cannot_write(path, error) from None
 
 
-def with_suppressed_unlink(path: Path) -> None:
+def claim(out: Path, space: int = 0):
+    """Make the folder, check that `space` bytes are free in it, and lock it; the lock goes with the process."""
     try:
-        path.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "a")
+    except OSError as error:
+        raise cannot_write(out, error) from None
+    if (free := shutil.disk_usage(out).free) < space:
+        raise UserError(f"{out}: a checkpoint takes {space / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free: free some space or choose another --out")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        pass
+        raise UserError(f"{out}: another process is writing there; wait for it, or choose another --out") from None
+    return lock
 
 
 def save_checkpoint(path: Path, config: Config, classes: Classes, model, ema, optimizer, step: int) -> None:
-    state = dict(format=1, config=asdict(config), classes=asdict(classes), step=step, model=model.state_dict(),
-                 ema=ema.state_dict(), optimizer=optimizer.state_dict())
-    write_atomically(path, lambda file: torch.save(state, file))
+    state = dict(config=asdict(config), classes=asdict(classes), step=step, model=model.state_dict(), ema=ema.state_dict(),
+                 optimizer=optimizer.state_dict())
+    write_file(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -984,22 +1087,20 @@ def load_checkpoint(path: str | Path) -> dict:
             if damaged := archive.testzip():
                 raise ValueError(f"its part {damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        known = {f.name: f for f in fields(Config)}
-        unknown = sorted(set(state["config"]) - set(known))
-        missing = sorted(set(known) - set(state["config"]))
+        known, there = {f.name for f in fields(Config)}, set(state["config"])
         state["config"] = Config(**{k: v for k, v in state["config"].items() if k in known})
         state["classes"] = Classes(**state["classes"])
         check_config(state["config"])
-        rank_classes(set(state["classes"].names), ",".join(state["classes"].names))
+        for name in state["classes"].names:
+            check_name(name)
         if not {"step", "ema"} <= set(state):
             raise ValueError("it holds no weights")
     except Exception as error:  # unpickling damaged or foreign files raises many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a whole checkpoint of odm.py ({reason}); take another, or train anew in another --out") from None
-    if unknown or missing:
+        raise UserError(f"{path}: not a whole checkpoint of odm.py ({first_line(error)}); take another, or train anew in another --out") from None
+    if known != there:
         say(f"{path}: written by another version"
-            + (f"; settings not known here: {', '.join(unknown)}" if unknown else "")
-            + (f"; settings it lacks, taken at their defaults: {', '.join(missing)}" if missing else ""))
+            + (f"; settings not known here: {', '.join(sorted(there - known))}" if there - known else "")
+            + (f"; settings it lacks, taken at their defaults: {', '.join(sorted(known - there))}" if known - there else ""))
     return state
 
 
@@ -1008,23 +1109,23 @@ def resume(path: Path, config: Config, classes: Classes, model, ema, optimizer) 
     if not path.exists():
         return 0
     state = load_checkpoint(path)
-    differing = [f"{flag(f.name)} (there {getattr(state['config'], f.name)!r}, now {getattr(config, f.name)!r})" for f in fields(Config)
-                 if not f.metadata["free"] and getattr(state["config"], f.name) != getattr(config, f.name)]
-    if state["classes"] != classes:
-        differing.append(f"the data (there {dict(zip(state['classes'].names, state['classes'].counts))}, "
-                         f"now {dict(zip(classes.names, classes.counts))})")
-    if differing:
-        raise UserError(f"{path.parent}: holds a run with other settings: {'; '.join(differing)}: use the same, or another --out")
-    load_weights(model, state["model"], path)
-    load_weights(ema, state["ema"], path)
-    optimizer.load_state_dict(state["optimizer"])
+    pairs = [(flag(f.name), getattr(state["config"], f.name), getattr(config, f.name)) for f in fields(Config) if not f.metadata["free"]]
+    pairs.append(("the data", state["classes"], classes))
+    if differing := [f"{name} (there {there}, now {now})" for name, there, now in pairs if there != now]:
+        raise UserError(f"{path.parent}: holds a run with other settings: {', '.join(differing)}: use the same, or another --out")
+    try:
+        load_weights(model, state["model"], path)
+        load_weights(ema, state["ema"], path)
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: cannot be trained on ({first_line(error)} is missing or wrong); choose another --out") from None
     return state["step"]
 
 
 def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
     try:
         model.load_state_dict(weights)
-    except RuntimeError:
+    except (RuntimeError, AttributeError, TypeError):
         raise UserError(f"{path}: its weights are of another shape than its settings say; take another checkpoint") from None
 
 
@@ -1032,30 +1133,29 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
 
 
 @torch.no_grad()
-def draw_images(model: UNet, alpha_bar: Tensor, severity: Sequence[float], keys: Sequence[tuple], size: int, steps: int,
-                guidance: float, eta: float = 0.0) -> Tensor:
+def draw_images(net: Callable, severity: Sequence[float], keys: Sequence[tuple], config: Config, eta: float = 0.0,
+                device: torch.device | str = "cpu") -> Tensor:
     """Images of the severities (class indices 0..C-1, fractions between): (B, 3, size, size) uint8 on the CPU.
 
     All noise of image i comes from keys[i] alone, so it is the same image in any batch.
     """
-    device = next(model.parameters()).device
     rngs = [torch.Generator().manual_seed(seed_of(*key)) for key in keys]
     severity = torch.tensor(severity)
 
-    def noise(x=None) -> Tensor:
-        return torch.stack([torch.randn(3, size, size, generator=rng) for rng in rngs]).to(device)
+    def noise(x: Tensor | None = None) -> Tensor:
+        return torch.stack([torch.randn(3, config.size, config.size, generator=rng) for rng in rngs]).to(device)
 
-    def eps_fn(x_t, t):
-        return guided_eps(model, x_t, t, severity, guidance)
+    def eps_fn(x_t: Tensor, t: Tensor) -> Tensor:
+        return guided_eps(net, x_t, t, severity, config.guidance)
 
-    return to_uint8(ddim_sample(eps_fn, noise(), alpha_bar, steps, eta, noise=noise)).cpu()
+    return to_uint8(ddim_sample(eps_fn, noise(), alpha_bars(config), config.sample_steps, eta, noise=noise)).cpu()
 
 
-def draw_sheet(model: UNet, classes: Classes, config: Config, path: Path, rows: int = 6) -> None:
+def draw_sheet(net: Network, classes: Classes, config: Config, path: Path, rows: int = 6) -> None:
     """A sheet of samples: a column a class, the same starting noise along a row."""
     C = len(classes.names)
-    jobs = [(float(c), (config.seed, row)) for row in range(rows) for c in range(C)]
-    images = draw_images(model, alpha_bars(config), [c for c, _ in jobs], [key for _, key in jobs], config.size, config.sample_steps, config.guidance)
+    images = draw_images(net, [float(c) for _ in range(rows) for c in range(C)], [(config.seed, row) for row in range(rows) for _ in range(C)],
+                         config, device=net.device)
     save_sheet(images.view(rows, C, *images.shape[1:]), classes.names, path)
 
 
@@ -1066,13 +1166,13 @@ def save_sheet(images: Tensor, titles: Sequence[str], path: Path) -> None:
     cell, top = size * scale + 4, 24
     sheet = Image.new("RGB", (columns * cell + 4, rows * cell + 4 + top), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for column in range(columns):
-        pen.text((4 + (column + 0.5) * cell, top / 2 + 2), titles[column], "black", font, anchor="mm")
+    for column, title in enumerate(titles):
+        pen.text((4 + (column + 0.5) * cell, top / 2 + 2), title, "black", font, anchor="mm")
         for row in range(rows):
             image = Image.fromarray(images[row, column].permute(1, 2, 0).numpy())
             sheet.paste(image.resize((size * scale,) * 2, Image.Resampling.BICUBIC), (4 + column * cell, 4 + top + row * cell))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: sheet.save(file, "PNG"))
+    write_file(path, lambda file: sheet.save(file, "PNG"))
 
 
 def parse_severities(text: str, classes: Classes) -> list[tuple[str, float]]:
@@ -1093,16 +1193,14 @@ def parse_severities(text: str, classes: Classes) -> list[tuple[str, float]]:
     if text in classes.names:
         return [(text, float(classes.names.index(text)))]
     try:
-        parts = [float(part) for part in text.split(":")]
+        first, *rest = (float(part) for part in text.split(":"))
     except ValueError:
         raise UserError(f"--class {text}: no such class; {have}") from None
-    if len(parts) == 1:
-        return [one(parts[0])]
-    if len(parts) not in (2, 3) or not all(map(math.isfinite, parts)):
-        raise UserError(f"--class {text}: write FIRST:LAST:STEP, as 0:3:0.25")
-    first, last, pace = parts if len(parts) == 3 else (*parts, 1.0)
-    if pace <= 0 or last < first or (last - first) / pace > 1000:
-        raise UserError(f"--class {text}: FIRST:LAST:STEP must rise, in at most 1,000 steps")
+    if not rest:
+        return [one(first)]
+    last, pace = (*rest, 1.0)[:2]
+    if len(rest) > 2 or not (first <= last and 0 < pace and (last - first) / pace <= 1000):
+        raise UserError(f"--class {text}: write FIRST:LAST:STEP, as 0:3:0.25, rising in at most 1,000 steps")
     return [one(round(first + i * pace, 6)) for i in range(int((last - first) / pace + 1e-6) + 1)]
 
 
@@ -1110,87 +1208,93 @@ def shares(n: int, counts: Sequence[int]) -> list[int]:
     """n divided in proportion to counts, by largest remainders."""
     exact = [n * c / sum(counts) for c in counts]
     whole = [int(e) for e in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])
-    for i in by_remainder[: n - sum(whole)]:
+    for i in sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])[: n - sum(whole)]:
         whole[i] += 1
     return whole
 
 
-def newest_checkpoint() -> Path:
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
-    return runs[-1] if runs else HERE / "data" / "demo.pt"
-
-
 def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0, out: str | Path = "", seed: int = 0,
-           sample_steps: int = 0, guidance: float | None = None, eta: float = 0.0, batch: int = 0, device: str = "auto") -> Path:
+           eta: float = 0.0, batch: int = 0, device: str = "auto", **changes) -> Path:
     """Draw images into OUT/<class>/<i>.png and OUT/sheet.png; what is there already is kept. Returns OUT.
 
     severity: see parse_severities. n images in all, the classes at their training frequencies (fractions
     evenly), or `each` of every severity. Image i of a class depends on (seed, class, i) alone; in a ladder
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
+    changes: sample_steps, guidance, precision, compile, where they differ from the run's.
     """
-    path = Path(checkpoint) if checkpoint else newest_checkpoint()
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not checkpoint:
+        runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+        checkpoint = runs[-1] if runs else HERE / "data" / "demo.pt"
+    path = Path(checkpoint, "checkpoint.pt") if Path(checkpoint).is_dir() else Path(checkpoint)
     state = load_checkpoint(path)
-    config, classes = state["config"], state["classes"]
-    config = replace(config, sample_steps=sample_steps or config.sample_steps, guidance=config.guidance if guidance is None else guidance)
+    config, classes = replace(state["config"], **changes), state["classes"]
     check_config(config)
-    for wrong, message in ((n < 0, f"-n {n}"), (each < 0, f"--each {each}"), (batch < 0, f"--batch {batch}"), (seed < 0, f"--seed {seed}")):
-        if wrong:
-            raise UserError(f"{message}: must not be negative")
+    for name, value in (("-n", n), ("--each", each), ("--batch", batch), ("--seed", seed)):
+        if not 0 <= value < 2**63:
+            raise UserError(f"{name} {value}: must be at least 0 and below 2^63")
     if not 0 <= eta <= 1:
-        raise UserError(f"--eta {eta}: must be from 0 to 1")
+        raise UserError(f"--eta {eta}: must be at least 0 and at most 1")
     targets = parse_severities(severity, classes)
-    one_noise = ":" in severity
     if n:
-        whole = all(index == int(index) for _, index in targets)
-        counts = shares(n, [classes.counts[int(index)] if whole else 1 for _, index in targets])
+        counts = shares(n, [classes.counts[int(i)] if all(j.is_integer() for _, j in targets) else 1 for _, i in targets])
     else:
         counts = [each or (16 if len(targets) == 1 else 8)] * len(targets)
-    name = path.parent.name if path.name == "checkpoint.pt" else path.stem
-    out = Path(out) if out else Path("samples") / name
-    note_settings(out, dict(checkpoint=digest(path), seed=seed, sample_steps=config.sample_steps, guidance=config.guidance, eta=eta))
-
-    device = choose_device(device)
+    device, rank, world = start(device)
     model = UNet(config, len(classes.names))
     load_weights(model, state["ema"], path)
-    model, alpha_bar = model.to(device, memory_format=torch.channels_last).eval(), alpha_bars(config)
-    jobs = []
-    for (folder, index), count in zip(targets, counts):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            key = (seed, i) if one_noise else (seed, i, round(index * 1_000_000) + 1)
-            file = out / folder / (f"{i:05d}.png")
-            jobs.append((file, index, key))
+    net = Network(model.to(device, memory_format=torch.channels_last).eval(), config, device)
+    out = Path(out) if out else Path("samples") / (path.parent.name if path.name == "checkpoint.pt" else path.stem)
+    if rank == 0:
+        held = claim(out)  # kept open: it is the lock
+        note_settings(out, dict(checkpoint=digest(path), seed=seed, sample_steps=config.sample_steps, guidance=config.guidance, eta=eta))
+        for name, _ in targets:
+            (out / name).mkdir(exist_ok=True)
+    wait_for_all(world)
+
+    jobs = [(out / name / f"{i:05d}.png", index, (seed, i) if ":" in severity else (seed, i, 1 + round(index * 1_000_000)))
+            for (name, index), count in zip(targets, counts) for i in range(count)]
     batch = batch or (16 if device.type == "cpu" else 256)
-    # Batches are laid out over all jobs, whole and of one size, so that a resumed job draws in the same company.
-    chunks = [jobs[i : i + batch] for i in range(0, len(jobs), batch)]
-    begun, done = time.monotonic(), 0
-    for chunk in chunks:
-        missing = [job for job in chunk if not job[0].exists()]
-        if missing:
-            full = (chunk + [chunk[-1]] * batch)[:batch]
-            images = draw_images(model, alpha_bar, [index for _, index, _ in full], [key for *_, key in full], config.size,
-                                 config.sample_steps, config.guidance, eta)
-            for (file, *_), image in zip(chunk, images):
-                if not file.exists():
-                    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-                    write_atomically(file, lambda f: picture.save(f, "PNG"))
-        done += len(chunk)
-        if sys.stdout.isatty():
-            print(f"\r{done:,}/{len(jobs):,} images  {done / (time.monotonic() - begun):.1f} images/s  ", end="", flush=True)
-    columns = [[read_image(out / folder / f"{i:05d}.png") for i in range(min(count, 8))] for (folder, _), count in zip(targets, counts)]
-    titles = [folder for folder, _ in targets]
-    if len(columns) == 1:  # one class: a square of its images
-        side = math.ceil(math.sqrt(counts[0]))
-        columns = [[read_image(out / titles[0] / f"{i:05d}.png") for i in range(c, counts[0], side)][:8] for c in range(min(side, 8))]
-        titles = [titles[0]] + [""] * (len(columns) - 1)
-    rows = max(map(len, columns))
-    blank = Image.new("RGB", (config.size, config.size), "white")
-    grid = np.stack([np.stack([np.asarray(col[r] if r < len(col) else blank) for col in columns]) for r in range(rows)])
-    save_sheet(torch.from_numpy(grid).permute(0, 1, 4, 2, 3), titles, out / "sheet.png")
-    say(("\n" if sys.stdout.isatty() else "") + f"{len(jobs):,} images of {path} (step {state['step']:,}) in {out}; {out / 'sheet.png'} shows the first")
+    # Batches are laid out over all jobs, whole and of one size: an image is drawn in the same company whatever is missing.
+    chunks, begun = [jobs[i : i + batch] for i in range(0, len(jobs), batch)][rank::world], time.monotonic()
+    with ThreadPoolExecutor() as pool:  # PNG files are written while the next batch is drawn
+        writing = []
+        for done, chunk in enumerate(chunks, 1):
+            missing = {file for file, *_ in chunk if not file.exists()}
+            if missing:
+                whole = (chunk + chunk[-1:] * batch)[:batch]
+                images = draw_images(net, [index for _, index, _ in whole], [key for *_, key in whole], config, eta, device)
+                for future in writing:
+                    future.result()
+                writing = [pool.submit(save_image, file, image) for (file, *_), image in zip(chunk, images) if file in missing]
+            progress(f"{min(done * batch * world, len(jobs)):,}/{len(jobs):,} images  {done * batch * world / (time.monotonic() - begun):.1f} images/s",
+                     last=done == len(chunks))
+        for future in writing:
+            future.result()
+    wait_for_all(world)
+    if rank == 0:
+        save_sheet(*sheet_of(jobs, targets, counts, config.size), out / "sheet.png")
+        say(f"{len(jobs):,} images of {path} (step {state['step']:,}) are in {out}; {out / 'sheet.png'} shows the first")
     return out
+
+
+def save_image(file: Path, image: Tensor) -> None:
+    """(3, H, W) uint8 as PNG."""
+    write_file(file, lambda f: Image.fromarray(image.permute(1, 2, 0).numpy()).save(f, "PNG"))
+
+
+def sheet_of(jobs: list, targets: list, counts: list[int], size: int, most: int = 8) -> tuple[Tensor, list[str]]:
+    """Sheet and titles: a column of up to 8 images for each severity, or a square of images where there is one severity."""
+    files = iter([file for file, *_ in jobs])
+    columns = [[next(files) for _ in range(count)][: most if len(counts) > 1 else most**2] for count in counts]
+    titles = [name for name, _ in targets]
+    if len(columns) == 1:
+        side = math.ceil(math.sqrt(len(columns[0])))
+        columns, titles = [columns[0][i::side] for i in range(side)], titles + [""] * (side - 1)
+    sheet = np.full((max(map(len, columns)), len(columns), size, size, 3), 255, np.uint8)
+    for j, column in enumerate(columns):
+        for i, file in enumerate(column):
+            sheet[i, j] = read_image(file)
+    return torch.from_numpy(sheet).permute(0, 1, 4, 2, 3), titles
 
 
 def digest(path: Path) -> str:
@@ -1205,16 +1309,15 @@ def digest(path: Path) -> str:
 def note_settings(out: Path, settings: dict) -> None:
     """Keep images of different settings apart: OUT/sample.json says what the folder's images were drawn with."""
     file = out / "sample.json"
-    if file.exists():
-        try:
-            there = json.loads(file.read_text())
-        except ValueError:
-            raise UserError(f"{file}: damaged; delete {out} or choose another --out") from None
-        if differing := [k for k in settings if there.get(k) != settings[k]]:
-            raise UserError(f"{out}: holds images drawn with another {', '.join(differing)}; choose another --out, or delete it")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    if not file.exists():
+        return write_file(file, lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    try:
+        there = json.loads(file.read_text())
+        differing = [name for name in settings if there[name] != settings[name]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: damaged; delete {out} or choose another --out") from None
+    if differing:
+        raise UserError(f"{out}: holds images drawn with another {' and '.join(differing)}; delete it or choose another --out")
 
 
 # ------------------------------------------------------------------------------ command line
@@ -1224,11 +1327,24 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line, exit status 2."""
 
     def error(self, message: str):
-        self.exit(2, f"{Path(self.prog.split()[0]).name}: error: {message}; see --help\n")
+        self.exit(2, f"odm.py: error: {' '.join(message.split())}; see python odm.py --help\n")
 
 
 def ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)
+    return tuple(int(part) for part in text.split(","))
+
+
+def add_field(command: Parser, f, **kwargs) -> None:
+    """A field of Config as a flag."""
+    meta, default = f.metadata, f.default
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    text = meta["help"].replace("%", "%%") + (f" [{shown}]" if shown != "" and not kwargs else "")
+    if isinstance(default, bool):
+        command.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=None, help=text)
+    else:
+        kind = ints if isinstance(default, tuple) else type(default)
+        metavar = "|".join(meta["choices"] or ()) or {ints: "N,N", int: "N", float: "X", str: "TEXT"}[kind]
+        command.add_argument(flag(f.name), type=kind, metavar=metavar, help=text, **kwargs)
 
 
 def parser() -> Parser:
@@ -1238,17 +1354,9 @@ def parser() -> Parser:
                             description="Train on a folder of graded images; the same command again resumes. "
                             "Without --data: the embedded set and the small preset.")
     t.add_argument("--preset", choices=("paper", "small"), help="paper: the defaults below; small: for two cores and a few "
-                   "minutes, " + ", ".join(f"{k} {v}" for k, v in SMALL.items()) + " (default: paper with --data, else small)")
+                   "minutes, " + ", ".join(f"{k} {v}" for k, v in SMALL.items()) + " [paper with --data, else small]")
     for f in fields(Config):
-        meta, default = f.metadata, f.default
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = meta["help"].replace("%", "%%") + ("" if default == "" else f" [{shown}]")
-        if isinstance(default, bool):
-            t.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            kind = ints if isinstance(default, tuple) else type(default)
-            metavar = "|".join(meta["choices"]) if meta["choices"] else {ints: "N,N", int: "N", float: "X", str: "TEXT"}[kind]
-            t.add_argument(flag(f.name), type=kind, metavar=metavar, help=text)
+        add_field(t, f)
     s = commands.add_parser("sample", help="draw images from a checkpoint", allow_abbrev=False,
                             description="Draw images into OUT/<class>/<i>.png and OUT/sheet.png. What is there already is kept.")
     s.add_argument("--class", dest="severity", default="all", metavar="CLASS",
@@ -1258,35 +1366,43 @@ def parser() -> Parser:
     s.add_argument("--each", type=int, default=0, metavar="N", help="images of each severity [16 for one severity, else 8]")
     s.add_argument("--out", default="", metavar="DIR", help="[samples/NAME, after the run]")
     s.add_argument("--seed", type=int, default=0, metavar="N", help="image i of a class depends on (seed, class, i) alone [0]")
-    s.add_argument("--sample-steps", type=int, default=0, metavar="N", help="DDIM steps [those of the run: 100 in the paper]")
-    s.add_argument("--guidance", type=float, metavar="S", help="guidance scale, 1 is none [that of the run: 2 in the paper]")
     s.add_argument("--eta", type=float, default=0.0, metavar="X", help="0: deterministic DDIM; 1: ancestral [0]")
-    s.add_argument("--batch", type=int, default=0, metavar="N", help="images drawn together [16 on a CPU, 256 on a GPU]")
+    s.add_argument("--batch", type=int, default=0, metavar="N", help="images drawn together [16 on a CPU, else 256]")
     s.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, ... [auto]")
+    for f in fields(Config):
+        if f.name in ("sample_steps", "guidance", "precision", "compile"):
+            add_field(s, f, default=argparse.SUPPRESS)  # where not given, the run's own
     return top
 
 
+def stop(number, frame):
+    raise Stopped(number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """The command line. Exit status: 0, 2 for what the user can mend, 130 and 143 for Ctrl-C and SIGTERM."""
     args = vars(parser().parse_args(argv))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         if args.pop("command") == "train":
             given = {k: v for k, v in args.items() if v is not None}
             preset = given.pop("preset", "paper" if given.get("data") else "small")
-            out = train(Config(**{**(SMALL if preset == "small" else {}), **given}))
-            say(f"trained: {out / 'sheet.png'} shows samples; next: python odm.py sample --class all --checkpoint {out}")
+            train(Config(**{**(SMALL if preset == "small" else {}), **given}))
         else:
             sample(**args)
         return 0
     except UserError as error:
-        print(f"odm.py: error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("odm.py: error: out of memory: lower --batch", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("odm.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        message = str(error)
+    except Stopped as stopped:
+        print("odm.py: stopped; the same command goes on", file=sys.stderr)
+        return 128 + stopped.args[0]
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "not enough memory" not in str(error):
+            raise
+        message = "out of memory: lower --batch"
+    print(f"odm.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
