@@ -16,7 +16,6 @@ brought to the size of the generated ones.
 """
 
 import argparse
-import functools
 import hashlib
 import http.client
 import itertools
@@ -25,6 +24,7 @@ import math
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -200,28 +200,28 @@ def severity_agreement(
 
 
 def ridge_classifier(x: Tensor, labels: Tensor, num_classes: int) -> Callable[[Tensor], Tensor]:
-    """Ridge regression of the one-hot class on features x (n, d); the function returned maps (m, d) to classes (m,).
+    """A classifier of ordered classes 0..C-1, fitted to features x (n, d); what is returned maps (m, d) to classes (m,).
 
-    Classes weigh the same, however rare. The penalty is the one with the least leave-one-out error, which ridge has in
-    closed form: residual / (1 - leverage).
+    Ridge regression answers C - 1 questions, "more severe than c?" (Frank & Hall 2001), and the class is the number of
+    yeses. One question per class would fail here: classes in a line hide those in the middle. Classes weigh the same,
+    however rare. The penalty is that of the least leave-one-out error, for ridge residual / (1 - leverage).
     """
     counts = torch.bincount(labels, minlength=num_classes)
     weight = (1 / counts.double()[labels]) / (counts > 0).sum()  # sums to 1
-    target = F.one_hot(labels, num_classes).double()
+    target = (labels[:, None] > torch.arange(num_classes - 1)).double()
     x_mean, target_mean = weight @ x.double(), weight @ target
-    x, target = x.double() - x_mean, target - target_mean
-    root = weight.sqrt()[:, None]
+    x, target, root = x.double() - x_mean, target - target_mean, weight.sqrt()[:, None]
     eigenvalue, v = torch.linalg.eigh((root * x).T @ (root * x))
     z = (root * x) @ v
-    best = math.inf
+    least = math.inf
     for penalty in eigenvalue.sum() * torch.logspace(-5, 0, 11, dtype=torch.float64):
         shrink = 1 / (eigenvalue.clamp_min(0) + penalty)
-        coefficients = v @ (shrink[:, None] * (z.T @ (root * target)))
+        slope = v @ (shrink[:, None] * (z.T @ (root * target)))
         leverage = z.square() @ shrink + weight
-        error = weight @ ((target - x @ coefficients) / (1 - leverage)[:, None]).square().sum(1)
-        if error < best:
-            best, chosen = error, coefficients
-    return lambda features: ((features.double() - x_mean) @ chosen + target_mean).argmax(1)
+        error = weight @ ((target - x @ slope) / (1 - leverage)[:, None]).square().sum(1)
+        if error < least:
+            least, best_slope = error, slope
+    return lambda features: ((features.double() - x_mean) @ best_slope + target_mean > 0.5).sum(1)
 
 
 def quadratic_kappa(confusion: Tensor) -> float | None:
@@ -378,7 +378,9 @@ def load_weights(dims: int, file: str = "") -> tuple[Inception, str]:
     if not file and sha256 != WEIGHTS_SHA256:
         raise odm.UserError(f"{path}: only a part of the file or a wrong one, by its SHA-256: delete it to have it downloaded again")
     try:
-        state = {key: value.float() for key, value in torch.load(path, map_location="cpu", weights_only=True).items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says about odd files, the error says in one line
+            state = {key: value.float() for key, value in torch.load(path, map_location="cpu", weights_only=True).items()}
     except Exception:  # a damaged file can fail anywhere within torch.load
         raise odm.UserError(f"{path}: damaged, or not a file of network weights: --weights takes a file like {name}")
     network = Inception(dims)
@@ -444,36 +446,33 @@ def extract(batches: Iterable[Tensor], total: int, network: Inception, what: str
     return x
 
 
-def real_features(args: argparse.Namespace, network: Inception, sha256: str) -> tuple[Tensor, Tensor, list[str]]:
-    """Features, labels and class names of the real images; taken from --real-stats if made from the same, else kept there."""
-    files = odm.list_images(args.real)
-    source = {"real": str(Path(args.real).resolve()), "files": len(files), "bytes": sum(f.stat().st_size for f in files)}
-    source |= {key: getattr(args, key) for key in ("dims", "size", "crop", "order")} | {"weights": sha256}
+def real_features(args: argparse.Namespace, network: Inception, sha256: str) -> tuple[Tensor, Tensor]:
+    """Features and labels of the real images: taken from --real-stats if made from the same, else computed and kept there."""
+    paths, labels, classes, _ = odm.find_images(args.real, args.order)
+    source = {"real": str(Path(args.real).resolve()), "images": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
+    source |= {key: getattr(args, key) for key in ("dims", "size", "crop")} | {"classes": classes.names, "weights": sha256}
     if args.real_stats and Path(args.real_stats).exists():
-        return load_stats(args.real_stats, source)
-    tell = functools.partial(print, file=sys.stderr)
-    images, labels, classes = odm.load_images(args.real, size=args.size, crop=args.crop, order=args.order, say=tell)
+        return load_stats(args.real_stats, source), torch.tensor(labels)
+    images, labels, _ = odm.load_images(args.real, args.size, args.crop, args.order)
     x = extract(images.split(args.batch), len(images), network, "real")
     if args.real_stats:
-        arrays = {"source": json.dumps(source), "features": x.numpy(), "labels": labels.numpy(), "classes": np.array(classes)}
-        odm.write_atomically(Path(args.real_stats), lambda file: np.savez(file, **arrays))
-    return x, labels, classes
+        odm.write_atomically(Path(args.real_stats), lambda file: np.savez(file, source=json.dumps(source), features=x.numpy()))
+    return x, labels
 
 
-def load_stats(file: str, source: dict) -> tuple[Tensor, Tensor, list[str]]:
-    """What real_features kept in file; UserError if it is damaged or was made from anything but `source`."""
+def load_stats(file: str, source: dict) -> Tensor:
+    """The features that real_features kept in file; UserError if it is damaged or was made from anything but `source`."""
     try:
         with np.load(file, allow_pickle=False) as stats:
-            found, classes = json.loads(str(stats["source"])), stats["classes"].tolist()
-            x, labels = torch.from_numpy(stats["features"]), torch.from_numpy(stats["labels"])
-        if x.ndim != 2 or len(x) != len(labels) or x.dtype != torch.float32 or labels.max() >= len(classes):
-            raise ValueError
+            found, x = json.loads(str(stats["source"])), torch.from_numpy(stats["features"])
         differing = [f"{key} {found[key]}, not {value}" for key, value in source.items() if found[key] != value]
+        if not differing and (x.shape != (source["images"], source["dims"]) or x.dtype != torch.float32):
+            raise ValueError
     except Exception:  # a damaged file can fail anywhere within np.load
         raise odm.UserError(f"{file}: damaged, or not a --real-stats file: delete it to have it made anew, or choose another name")
     if differing:
         raise odm.UserError(f"{file}: made with {'; '.join(differing)}: delete it to have it made anew, or choose another name")
-    return x, labels, classes
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -612,22 +611,22 @@ def evaluate(args: argparse.Namespace) -> dict:
     folders = {Path(root).resolve().name: root for root in args.generated}
     if len(folders) < len(args.generated):
         folders = {root: root for root in args.generated}
+    real_paths, _, real_classes, _ = odm.find_images(args.real, args.order)
+    classes = real_classes.names
     listings = {name: list_generated(root) for name, root in folders.items()}
-    too_few = f"image(s) are too few: precision and recall with -k {args.k} take {args.k + 1} or more"
-    for name, (paths, _) in listings.items():
+    for root, paths in [(args.real, real_paths), *((folders[name], paths) for name, (paths, _) in listings.items())]:
         if len(paths) <= args.k:
-            raise odm.UserError(f"{folders[name]}: {len(paths)} {too_few}")
-    args.size = args.size or common_size(args.generated)
-    network, sha256 = load_weights(args.dims, args.weights)
-    real, real_labels, classes = real_features(args, network.to(odm.choose_device("auto")), sha256)
-    if len(real) <= args.k:
-        raise odm.UserError(f"{args.real}: {len(real)} {too_few}")
+            few = f"{len(paths)} image{'s are' if len(paths) > 1 else ' is'} too few"
+            raise odm.UserError(f"{root}: {few}: precision and recall with -k {args.k} take {args.k + 1} or more")
     for name, (_, found) in listings.items():
         if strange := sorted(set(found) - set(classes)):
             raise odm.UserError(
                 f"{folders[name]}: {', '.join(strange)} is no class of {args.real} ({', '.join(classes)}): rename the folder, "
                 "or put all images into one folder to score them without classes"
             )
+    args.size = args.size or common_size(args.generated)
+    network, sha256 = load_weights(args.dims, args.weights)
+    real, real_labels = real_features(args, network.to(odm.choose_device("auto")), sha256)
     settings = {key: getattr(args, key) for key in ("real", "dims", "size", "crop", "k")} | {"classes": classes, "weights": sha256}
     result = {"settings": settings, "generated": {}, "agreement": {}}
     graded = {}
@@ -660,6 +659,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
         args = parse(argv)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal can't show must not cost the report
         result = evaluate(args)
         used = result["settings"]
         print(f"real images at {used['size']}x{used['size']}, {used['dims']} features, weights {used['weights'][:8]}\n")

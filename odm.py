@@ -1401,7 +1401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "not enough memory" not in str(error):
             raise
         message = "out of memory: lower --batch"
-    print(f"odm.py: error: {message}", file=sys.stderr)
+    print(f"odm.py: error: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2
 
 

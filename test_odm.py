@@ -3,6 +3,8 @@
     python -m pytest -q test_odm.py
 """
 
+import csv
+import importlib.util
 import itertools
 import math
 import os
@@ -22,6 +24,9 @@ from PIL import Image
 import odm
 
 HERE = Path(__file__).resolve().parent
+spec = importlib.util.spec_from_file_location("demo", HERE / "data" / "demo.py")
+demo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(demo)
 TINY = dict(size=8, ch=8, ch_mult=(1, 2), blocks=1, attention=(4,), timesteps=50, batch=8, steps=6, warmup=2, lr=1e-3,
             sample_steps=4, log_every=2, save_every=2, sheet_every=0, device="cpu")
 
@@ -56,6 +61,16 @@ def run(graded, tmp_path_factory):
     """A finished tiny run."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
     return odm.train(odm.Config(**TINY, data=str(graded), out=str(out)))
+
+
+def flags(settings: dict) -> list[str]:
+    """Settings as command-line flags."""
+    return [part for name, value in settings.items()
+            for part in (odm.flag(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value))]
+
+
+def command(*argv, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
 def error_of(capsys, *argv) -> str:
@@ -537,8 +552,7 @@ def test_resumed_training_equals_undisturbed_training(graded, tmp_path, ladder, 
 
 
 def test_another_setting_does_not_resume(run, graded, capsys):
-    tiny = [f for k, v in TINY.items() for f in (odm.flag(k), ",".join(map(str, v)) if isinstance(v, tuple) else str(v))]
-    line = error_of(capsys, "train", "--preset", "paper", *tiny, "--data", graded, "--out", run, "--lr", "0.5", "--ladder", "images")
+    line = error_of(capsys, "train", *flags(TINY), "--data", graded, "--out", run, "--lr", "0.5", "--ladder", "images")
     assert "--lr (there 0.001, now 0.5)" in line and "--ladder (there labels, now images)" in line
 
 
@@ -837,15 +851,366 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(graded, t
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stop_signals_save_and_say_how_to_go_on(graded, tmp_path, number, status):
-    tiny = [f for k, v in {**TINY, "steps": 100_000}.items() for f in (odm.flag(k), ",".join(map(str, v)) if isinstance(v, tuple) else str(v))]
-    process = subprocess.Popen([sys.executable, HERE / "odm.py", "train", *tiny, "--data", graded, "--out", tmp_path / "run"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+    process = command(HERE / "odm.py", "train", *flags({**TINY, "steps": 100_000}), "--data", graded, "--out", "a b/\u00e9", cwd=tmp_path)
+    out, deadline = tmp_path / "a b" / "\u00e9", time.monotonic() + 60
+    while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == status and errors == "odm.py: stopped; the same command goes on\n"
-    step = state_of(tmp_path / "run")["step"]
+    step = state_of(out)["step"]
     assert f"stopped and saved at step {step:,}; the same command goes on" in said
-    assert (tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].startswith(f"{step},")
+    assert (out / "metrics.csv").read_text().splitlines()[-1].startswith(f"{step},")
+
+
+def test_killed_at_random_training_and_sampling_end_as_if_undisturbed(graded, tmp_path):
+    settings = {**TINY, "dropout": 0.1, "steps": 40, "save_every": 3}
+    torch.set_num_threads(1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rng = np.random.default_rng(0)
+    for name, kills in (("whole", 0), ("killed", 3)):
+        for kill in [True] * kills + [False]:
+            process = command(HERE / "odm.py", "train", *flags(settings), "--data", graded, "--out", tmp_path / name, env=environment)
+            if kill:
+                while process.poll() is None and not (tmp_path / name / "metrics.csv").exists():
+                    time.sleep(0.02)
+                time.sleep(rng.uniform(0, 1))
+                process.kill()
+            process.communicate(timeout=120)
+        assert process.returncode == 0
+    for part in ("model", "ema", "optimizer"):
+        assert torch.equal(flat(state_of(tmp_path / "whole"), part), flat(state_of(tmp_path / "killed"), part)), part
+    assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "killed" / "metrics.csv").read_bytes()
+
+
+def test_two_processes_are_one(graded, tmp_path):
+    """The same losses to rounding (without dropout, whose masks belong to a process) and the same sample files."""
+    settings = flags({**TINY, "dropout": 0.0})
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "odm.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, how in (("one", [HERE / "odm.py"]), ("two", launch)):
+        process = command(*how, "train", *settings, "--data", graded, "--out", tmp_path / name, env=environment)
+        assert "trained to step 6" in process.communicate(timeout=120)[0]
+        process = command(*how, "sample", "--checkpoint", tmp_path / "one", "-n", 20, "--batch", 4, "--out", tmp_path / f"{name} samples", env=environment)
+        assert process.communicate(timeout=120)[0].count("20 images of") == 1
+    one, two = (np.genfromtxt(tmp_path / name / "metrics.csv", delimiter=",", skip_header=1) for name in ("one", "two"))
+    assert np.nanmax(np.abs(one - two)) < 1e-5 and one.shape == (6, 7)
+    pngs = sorted((tmp_path / "one samples").rglob("*.png"))
+    assert len(pngs) == 21  # and the sheet
+    for png in pngs:
+        assert png.read_bytes() == (tmp_path / "two samples" / png.relative_to(tmp_path / "one samples")).read_bytes()
+
+
+def test_a_second_run_on_the_same_folder_is_kept_out(graded, tmp_path, capsys):
+    lock = odm.claim(tmp_path / "run")
+    assert "another process is writing there" in error_of(capsys, "train", *flags(TINY), "--data", graded, "--out", tmp_path / "run")
+    lock.close()
+    odm.claim(tmp_path / "run").close()
+
+
+def test_no_space_for_a_checkpoint(graded, run, tmp_path, capsys, monkeypatch):
+    disk = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(odm.shutil, "disk_usage", lambda path: disk)
+    assert "a checkpoint takes" in error_of(capsys, "train", *flags(TINY), "--data", graded, "--out", tmp_path / "run")
+    monkeypatch.undo()
+
+    def full(state, file):  # the disk fills up while it writes
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    config = odm.Config(**{**TINY, "steps": 8}, data=str(graded), out=str(tmp_path / "copy"))
+    odm.train(replace(config, steps=6))
+    before = (tmp_path / "copy" / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(odm.torch, "save", full)
+    with pytest.raises(odm.UserError, match="No space left on device.*free some space"):
+        odm.train(config)
+    assert (tmp_path / "copy" / "checkpoint.pt").read_bytes() == before
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == [".lock", "checkpoint.pt", "metrics.csv", "sheet.png", "sheets"]
+
+
+def test_random_flags_fail_in_one_line(tmp_path, capsys):
+    """Every failure is one line and status 2; the data folder is absent, so that all 300 of them do fail."""
+    rng = np.random.default_rng(0)
+    values = ["", "0", "1", "-1", "3", "7", "1e309", "nan", "inf", "-inf", "0.5", "1,2", "1,2,2", ",", "x", "--", "\u00e9", "99999999999999999999", "euclidean", "\n"]
+    names = [odm.flag(f.name) for f in odm.fields(odm.Config) if f.name not in ("data", "device")]
+    for _ in range(300):
+        chosen = [part for name in rng.choice(names, rng.integers(1, 5)) for part in (name, values[rng.integers(len(values))])]
+        assert error_of(capsys, "train", "--data", tmp_path / "absent", *chosen), chosen
+
+
+def mutations(rng, folder):
+    """Whole images of many kinds, and damaged ones."""
+    pixels = Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    seeds = []
+    for name, image, options in (
+        ("a.png", pixels, {}), ("b.jpg", pixels, dict(quality=90)), ("c.jpg", pixels, dict(progressive=True)), ("d.bmp", pixels, {}),
+        ("e.tif", pixels, dict(compression="tiff_lzw")), ("f.webp", pixels, {}), ("g.gif", pixels, {}), ("h.png", pixels.convert("RGBA"), {}),
+        ("i.jpg", pixels.convert("CMYK"), {}), ("j.png", pixels.convert("P"), {}), ("k.png", pixels.convert("L"), {}),
+        ("l.png", pixels.resize((1, 1)), {}), ("m.png", pixels.resize((1, 5000)), {}),
+    ):
+        image.save(folder / name, **options)
+        seeds.append((Path(name).suffix, (folder / name).read_bytes()))
+    for i in range(520):
+        suffix, content = seeds[i % len(seeds)]
+        content, kind = bytearray(content), (i // len(seeds)) % 5
+        if kind == 0:
+            content = content[: rng.integers(0, len(content))]
+        elif kind == 1:
+            for _ in range(rng.integers(1, 9)):
+                content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        elif kind == 2:
+            start = rng.integers(len(content))
+            content[start : start + 64] = bytes(min(64, len(content) - start))
+        elif kind == 3:  # the header, where sizes are claimed
+            content[rng.integers(0, min(40, len(content)))] = rng.integers(256)
+        else:
+            suffix = [".png", ".jpg", ".bmp", ".gif"][rng.integers(4)]
+        yield suffix, bytes(content)
+    yield from ((".png", b""), (".jpg", b"text, no image"), (".png", bytes(3000)))
+
+
+def test_hostile_images_are_read_or_named(tmp_path):
+    """523 damaged or disguised files: each gives pixels or one line with its name, in bounded time and memory."""
+    import resource
+
+    (tmp_path / "seeds").mkdir()
+    read = named = 0
+    for i, (suffix, content) in enumerate(mutations(np.random.default_rng(0), tmp_path / "seeds")):
+        file = tmp_path / f"{i}{suffix}"
+        file.write_bytes(content)
+        begun = time.monotonic()
+        try:
+            image = odm.to_square(odm.read_image(file), 16, 0)
+            assert image.shape == (3, 16, 16) and image.dtype == np.uint8
+            read += 1
+        except odm.UserError as error:
+            assert str(error).startswith(str(file)) and "\n" not in str(error)
+            named += 1
+        assert time.monotonic() - begun < 10
+    assert read > 150 and named > 150 and read + named == 523
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20  # KiB
+
+
+def test_a_huge_claimed_size_is_refused_before_it_is_unpacked(tmp_path):
+    import struct
+    import zlib
+
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    for side in (20_000, 2**31 - 1):
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+        with pytest.raises(odm.UserError, match="bomb.png: not readable"):
+            odm.read_image(tmp_path / "bomb.png")
+
+
+def test_links_that_loop_or_leave_do_no_harm(tmp_path):
+    data = write_images(tmp_path / "data", {"0": 2, "1": 2, "2": 2})
+    outside = write_images(tmp_path / "outside", {"5": 3})
+    (data / "0" / "loop").symlink_to(data)
+    (data / "out").symlink_to(outside)
+    (data / "1" / "dangling.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(odm.UserError, match="dangling.png"):
+        odm.load_images(data, 8)
+    (data / "1" / "dangling.png").unlink()
+    assert odm.load_images(data, 8)[1].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+# -------------------------------------------------------------------------------- data/demo.py
+
+
+def files(root):
+    """Every file below root with its bytes and time of change."""
+    return {str(f.relative_to(root)): (f.read_bytes(), f.stat().st_mtime_ns) for f in Path(root).rglob("*") if f.is_file()}
+
+
+def channels_first(frames):
+    return np.stack(frames).transpose(0, 3, 1, 2)
+
+
+def test_a_frame_is_a_function_of_seed_grade_and_number():
+    for at in ((0, 0, 0), (0, 3, 7), (5, 2, 1)):
+        first, again = demo.draw(*demo.scene(*at)), demo.draw(*demo.scene(*at))
+        assert first.shape == (64, 64, 3) and first.dtype == np.uint8
+        assert np.array_equal(first, again)
+    assert not np.array_equal(demo.draw(*demo.scene(0, 1, 0)), demo.draw(*demo.scene(0, 1, 1)))
+    assert not np.array_equal(demo.draw(*demo.scene(0, 1, 0)), demo.draw(*demo.scene(1, 1, 0)))
+
+
+def test_severity_names_its_grade_and_stays_in_range():
+    for grade in range(4):
+        s = np.array([demo.scene(0, grade, i)[0] for i in range(300)])
+        assert s.min() >= 0 and s.max() <= 3 and len(np.unique(s)) == 300
+        assert (np.abs(s - grade) < 0.5).all()
+        # triangular on +-0.5: E|s - grade| = 1/6, reflected at the ends or not
+        assert abs(np.abs(s - grade).mean() - 1 / 6) < 0.025
+
+
+def test_a_scene_is_the_same_at_every_size():
+    for i, s in enumerate((0.0, 1.4, 2.9)):
+        big, small = (demo.draw(s, demo.scene(1, 0, i)[1], size).astype(float) for size in (64, 32))
+        mean = big.reshape(32, 2, 32, 2, 3).mean((1, 3))
+        assert np.abs(mean - small).max() <= 1.5  # three roundings
+
+
+def test_pixels_move_smoothly_with_severity():
+    """No effect sets in with a jump: in steps of 0.01 tint and vessels move little, the edges of growing spots more."""
+    for low, high, bound in ((0.6, 1.6, 10), (1.6, 2.4, 20)):
+        frames = [demo.draw(s, demo.scene(2, 0, 0)[1], 32).astype(int) for s in np.arange(low, high, 0.01)]
+        assert max(np.abs(a - b).max() for a, b in zip(frames, frames[1:])) < bound
+
+
+def test_severity_shows_in_colour_without_measure():
+    """Mean green over mean red falls with every half grade in every scene, up to where ulcers pale the wall."""
+    for i in range(10):
+        frames = [demo.draw(s, demo.scene(3, 0, i)[1], 32).astype(float) for s in (0, 0.5, 1, 1.5, 2)]
+        ratio = [f[..., 1].mean() / f[..., 0].mean() for f in frames]
+        assert all(b < a for a, b in zip(ratio, ratio[1:]))
+        assert ratio[-1] < 0.8 * ratio[0]
+
+
+def test_measure_of_a_plain_wall_is_the_formula():
+    plain = np.empty((1, 3, 32, 32), np.uint8)
+    plain[:] = np.array([200, 100, 80])[:, None, None]
+    red = np.log(208 / np.sqrt(108 * 88))
+    assert abs(demo.measure(plain)[0] - (4.4 * red - 1.5)) < 1e-9
+
+    bloody, ulcerous = plain.copy(), plain.copy()
+    bloody[..., :16, :16] = np.array([130, 15, 15])[:, None, None]  # a quarter
+    ulcerous[..., :16, :16] = np.array([235, 215, 160])[:, None, None]
+    assert abs(demo.measure(bloody)[0] - (4.4 * red - 1.5 + 0.9 * 0.5)) < 1e-9
+    assert abs(demo.measure(ulcerous)[0] - (4.4 * red - 1.5 + 0.6 * 0.25)) < 1e-9
+
+    dark = plain.copy()
+    dark[..., 20:, :] //= 20  # a lumen and half the light change little
+    assert abs(demo.measure(dark)[0] - demo.measure(plain)[0]) < 1e-9
+    assert abs(demo.measure(plain // 2)[0] - demo.measure(plain)[0]) < 0.25
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_measure_reads_the_severity_of_fresh_frames(size):
+    scenes = [demo.scene(77, grade, i) for grade in range(4) for i in range(30)]
+    truth = np.array([s for s, _ in scenes])
+    images = channels_first([demo.draw(s, rng, size) for s, rng in scenes])
+    noisy = np.clip(images + np.random.default_rng(0).normal(0, 8, images.shape), 0, 255).astype(np.uint8)
+    for what in (images, noisy, images[..., ::-1]):
+        found = demo.measure(what)
+        assert np.abs(found - truth).mean() < 0.25
+        assert np.corrcoef(found, truth)[0, 1] > 0.95
+    by_grade = demo.measure(images).reshape(4, 30).mean(1)
+    assert (np.diff(by_grade) > 0.6).all()
+
+
+def test_measure_rises_in_every_scene():
+    for i in range(8):
+        steps = np.arange(0, 3.1, 0.5)
+        found = demo.measure(channels_first([demo.draw(s, demo.scene(4, 0, i)[1], 32) for s in steps]))
+        assert (np.diff(found) > 0).all()
+
+
+def test_measure_takes_any_size_and_says_what_it_needs():
+    s = (0.2, 1.5, 2.8)
+    found = [demo.measure(channels_first([demo.draw(v, demo.scene(6, 0, 1)[1], size) for v in s])) for size in (16, 48, 150)]
+    assert np.abs(np.array(found) - found[1]).max() < 0.3
+    assert demo.measure(np.zeros((0, 3, 32, 32), np.uint8)).shape == (0,)
+    assert np.isfinite(demo.measure(np.zeros((1, 3, 32, 32), np.uint8))).all()
+    for bad in (np.zeros((2, 32, 32, 3), np.uint8), np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 3, 32, 32))):
+        with pytest.raises(ValueError, match="uint8"):
+            demo.measure(bad)
+
+
+def test_proportions_are_limucs():
+    assert demo.counts(1100) == [596, 298, 122, 84]
+    assert demo.counts(11276) == [6105, 3052, 1254, 865]
+    for n in (16, 17, 100, 50000):
+        assert sum(demo.counts(n)) == n and min(demo.counts(n)) >= 1
+        assert np.abs(np.array(demo.counts(n)) - n * np.array([6105, 3052, 1254, 865]) / 11276).max() < 1
+
+
+def test_make_writes_a_tree_of_grades(tmp_path):
+    out = tmp_path / "below" / "set"
+    assert demo.make(out, n=20, seed=3, size=32) == demo.counts(20)
+    assert sorted(f.name for f in out.iterdir()) == ["Mayo 0", "Mayo 1", "Mayo 2", "Mayo 3", "severity.csv"]
+    assert sorted(f.name for f in out.parent.iterdir()) == ["set"]
+    rows = list(csv.DictReader((out / "severity.csv").read_text().splitlines()))
+    assert sorted(row["file"] for row in rows) == sorted(str(f.relative_to(out).as_posix()) for f in out.rglob("*.png"))
+    for row in rows:
+        grade, i = int(row["file"][5]), int(row["file"][7:11])
+        s, rng = demo.scene(3, grade, i)
+        assert abs(float(row["severity"]) - s) < 1e-4
+        assert np.array_equal(np.asarray(Image.open(out / row["file"])), demo.draw(s, rng, 32))
+
+
+def test_a_smaller_set_is_the_beginning_of_a_larger_one(tmp_path):
+    demo.make(tmp_path / "small", n=16, size=16)
+    demo.make(tmp_path / "large", n=32, size=16)
+    small, large = files(tmp_path / "small"), files(tmp_path / "large")
+    names = [name for name in small if name.endswith(".png")]
+    assert len(names) == 16 and all(small[name][0] == large[name][0] for name in names)
+
+
+def test_a_whole_set_is_left_alone_and_another_is_refused(tmp_path):
+    out = tmp_path / "set"
+    demo.make(out, n=16, size=16)
+    before = files(out)
+    assert demo.make(out, n=16, size=16) == demo.counts(16)
+    for other in ({"n": 17, "size": 16}, {"n": 16, "size": 32}, {"n": 16, "size": 16, "seed": 1}):
+        with pytest.raises(FileExistsError, match="delete it"):
+            demo.make(out, **other)
+    assert files(out) == before
+    Image.new("RGB", (16, 16)).save(out / "Mayo 3" / "0000.png")  # another drawing under the same name
+    with pytest.raises(FileExistsError):
+        demo.make(out, n=16, size=16)
+    (out / "Mayo 0" / "0008.png").unlink()
+    with pytest.raises(FileExistsError):
+        demo.make(out, n=16, size=16)
+
+
+def test_an_interrupted_run_leaves_nothing_half(tmp_path, monkeypatch):
+    out, drawn = tmp_path / "set", []
+
+    def stops(*args):
+        drawn.append(1)
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        return np.zeros((16, 16, 3), np.uint8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "draw", stops)
+        with pytest.raises(KeyboardInterrupt):
+            demo.make(out, n=16, size=16)
+    assert list(tmp_path.iterdir()) == []
+    part = tmp_path / f"set.partial-{os.getpid()}" / "Mayo 0"  # what a killed run of this very process id left behind
+    part.mkdir(parents=True)
+    (part / "0000.png").write_bytes(b"torn")
+    assert demo.make(out, n=16, size=16) == demo.counts(16)
+    assert [f.name for f in tmp_path.iterdir()] == ["set"]
+    assert np.array_equal(np.asarray(Image.open(out / "Mayo 0" / "0000.png")), demo.draw(*demo.scene(0, 0, 0), 16))
+
+
+def test_two_runs_at_once_end_with_one_whole_set(tmp_path, monkeypatch):
+    out, other, draw = tmp_path / "set", tmp_path / "other", demo.draw
+    demo.make(other, n=16, size=16)
+
+    def overtaken(*args):
+        if other.exists():
+            other.rename(out)  # the other run ends while this one draws
+        return draw(*args)
+
+    monkeypatch.setattr(demo, "draw", overtaken)
+    assert demo.make(out, n=16, size=16) == demo.counts(16)
+    assert [f.name for f in tmp_path.iterdir()] == ["set"]
+
+
+def test_command_line(tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, str(HERE / "data" / "demo.py"), *args], cwd=tmp_path, capture_output=True, text=True)
+
+    good = run("--out", "here", "-n", "16", "--size", "16")
+    assert good.returncode == 0 and "Mayo 0 9" in good.stdout and (tmp_path / "here" / "severity.csv").is_file()
+    (tmp_path / "file").write_text("mine")
+    for args, named in ((("-n", "3"), "-n 3"), (("--size", "8"), "--size 8"), (("--seed", "-1"), "--seed -1"),
+                        (("-n", "many"), "many"), (("--out", "file"), "file")):
+        bad = run(*args)
+        assert bad.returncode == 2 and named in bad.stderr and len(bad.stderr.splitlines()) == 1, bad.stderr
+        assert bad.stdout == ""
+    assert (tmp_path / "file").read_text() == "mine"
