@@ -110,8 +110,9 @@ class Config:
     ema: float = setting(0.9999, "decay of the averaged weights that sampling uses (Ho et al.)", low=0.0, high=1.0)
     seed: int = setting(0, "a batch is a function of (seed, step)", low=0)
     # sampling, for the sheets drawn while training and as the default of `sample`
-    sample_steps: int = setting(100, "DDIM steps (paper)", low=1)
-    guidance: float = setting(2.0, "scale s of classifier-free guidance (paper); 1 is none", low=0.0)
+    sample_steps: int = setting(100, "DDIM steps (paper)", low=1, free=True)
+    guidance: float = setting(2.0, "scale s of classifier-free guidance (paper); 1 is none", low=0.0, free=True)
+    eta: float = setting(0.0, "0: DDIM as in the paper; 1: ancestral, whose fresh noise mends the errors of a young network", low=0.0, high=1.0, free=True)
     # machinery
     log_every: int = setting(100, "steps between measurements of straightness", low=1)
     save_every: int = setting(2000, "steps between checkpoints", low=1, free=True)
@@ -123,7 +124,7 @@ class Config:
 
 # Small enough for two cores and a few minutes: 32x32 images, 1.2 M parameters.
 SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(16,), dropout=0.0, batch=16, steps=1600,
-             lr=1e-3, warmup=100, ema=0.999, sample_steps=50, log_every=50, save_every=200, sheet_every=400)
+             lr=2e-3, warmup=100, ema=0.999, eta=1.0, log_every=50, save_every=200, sheet_every=800)
 
 
 # --------------------------------------------------------------------- forward process (Eq. 1)
@@ -1133,8 +1134,7 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
 
 
 @torch.no_grad()
-def draw_images(net: Callable, severity: Sequence[float], keys: Sequence[tuple], config: Config, eta: float = 0.0,
-                device: torch.device | str = "cpu") -> Tensor:
+def draw_images(net: Callable, severity: Sequence[float], keys: Sequence[tuple], config: Config, device: torch.device | str = "cpu") -> Tensor:
     """Images of the severities (class indices 0..C-1, fractions between): (B, 3, size, size) uint8 on the CPU.
 
     All noise of image i comes from keys[i] alone, so it is the same image in any batch.
@@ -1148,14 +1148,14 @@ def draw_images(net: Callable, severity: Sequence[float], keys: Sequence[tuple],
     def eps_fn(x_t: Tensor, t: Tensor) -> Tensor:
         return guided_eps(net, x_t, t, severity, config.guidance)
 
-    return to_uint8(ddim_sample(eps_fn, noise(), alpha_bars(config), config.sample_steps, eta, noise=noise)).cpu()
+    return to_uint8(ddim_sample(eps_fn, noise(), alpha_bars(config), config.sample_steps, config.eta, noise=noise)).cpu()
 
 
 def draw_sheet(net: Network, classes: Classes, config: Config, path: Path, rows: int = 6) -> None:
     """A sheet of samples: a column a class, the same starting noise along a row."""
     C = len(classes.names)
     images = draw_images(net, [float(c) for _ in range(rows) for c in range(C)], [(config.seed, row) for row in range(rows) for _ in range(C)],
-                         config, device=net.device)
+                         config, net.device)
     save_sheet(images.view(rows, C, *images.shape[1:]), classes.names, path)
 
 
@@ -1214,13 +1214,13 @@ def shares(n: int, counts: Sequence[int]) -> list[int]:
 
 
 def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0, out: str | Path = "", seed: int = 0,
-           eta: float = 0.0, batch: int = 0, device: str = "auto", **changes) -> Path:
+           batch: int = 0, device: str = "auto", **changes) -> Path:
     """Draw images into OUT/<class>/<i>.png and OUT/sheet.png; what is there already is kept. Returns OUT.
 
     severity: see parse_severities. n images in all, the classes at their training frequencies (fractions
     evenly), or `each` of every severity. Image i of a class depends on (seed, class, i) alone; in a ladder
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
-    changes: sample_steps, guidance, precision, compile, where they differ from the run's.
+    changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
     """
     if not checkpoint:
         runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
@@ -1232,8 +1232,6 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     for name, value in (("-n", n), ("--each", each), ("--batch", batch), ("--seed", seed)):
         if not 0 <= value < 2**63:
             raise UserError(f"{name} {value}: must be at least 0 and below 2^63")
-    if not 0 <= eta <= 1:
-        raise UserError(f"--eta {eta}: must be at least 0 and at most 1")
     targets = parse_severities(severity, classes)
     if n:
         counts = shares(n, [classes.counts[int(i)] if all(j.is_integer() for _, j in targets) else 1 for _, i in targets])
@@ -1246,7 +1244,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     out = Path(out) if out else Path("samples") / (path.parent.name if path.name == "checkpoint.pt" else path.stem)
     if rank == 0:
         held = claim(out)  # kept open: it is the lock
-        note_settings(out, dict(checkpoint=digest(path), seed=seed, sample_steps=config.sample_steps, guidance=config.guidance, eta=eta))
+        note_settings(out, dict(checkpoint=digest(path), seed=seed, sample_steps=config.sample_steps, guidance=config.guidance, eta=config.eta))
         for name, _ in targets:
             (out / name).mkdir(exist_ok=True)
     wait_for_all(world)
@@ -1262,7 +1260,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
             missing = {file for file, *_ in chunk if not file.exists()}
             if missing:
                 whole = (chunk + chunk[-1:] * batch)[:batch]
-                images = draw_images(net, [index for _, index, _ in whole], [key for *_, key in whole], config, eta, device)
+                images = draw_images(net, [index for _, index, _ in whole], [key for *_, key in whole], config, device)
                 for future in writing:
                     future.result()
                 writing = [pool.submit(save_image, file, image) for (file, *_), image in zip(chunk, images) if file in missing]
@@ -1366,11 +1364,10 @@ def parser() -> Parser:
     s.add_argument("--each", type=int, default=0, metavar="N", help="images of each severity [16 for one severity, else 8]")
     s.add_argument("--out", default="", metavar="DIR", help="[samples/NAME, after the run]")
     s.add_argument("--seed", type=int, default=0, metavar="N", help="image i of a class depends on (seed, class, i) alone [0]")
-    s.add_argument("--eta", type=float, default=0.0, metavar="X", help="0: deterministic DDIM; 1: ancestral [0]")
     s.add_argument("--batch", type=int, default=0, metavar="N", help="images drawn together [16 on a CPU, else 256]")
     s.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, ... [auto]")
     for f in fields(Config):
-        if f.name in ("sample_steps", "guidance", "precision", "compile"):
+        if f.name in ("sample_steps", "guidance", "eta", "precision", "compile"):
             add_field(s, f, default=argparse.SUPPRESS)  # where not given, the run's own
     return top
 

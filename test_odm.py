@@ -438,7 +438,7 @@ def test_an_image_is_the_same_in_any_company(run):
     state = odm.load_checkpoint(run / "checkpoint.pt")
     model = odm.UNet(state["config"], 4).eval()
     model.load_state_dict(state["ema"])
-    draw = lambda severity, keys, eta: odm.draw_images(model, severity, keys, replace(state["config"], sample_steps=10), eta)
+    draw = lambda severity, keys, eta: odm.draw_images(model, severity, keys, replace(state["config"], sample_steps=10, eta=eta))
     for eta in (0.0, 1.0):
         together = draw([0.0, 3.0, 1.5, 2.0], [(0, i) for i in range(4)], eta)
         alone = draw([1.5], [(0, 2)], eta)
