@@ -37,8 +37,9 @@ from torch import Tensor, nn
 import odm
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-DIMS = (64, 192, 768, 2048)
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+DIMS = (64, 192, 768, 2048)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # ------------------------------------------------------------------------------------------ distances between features
 
@@ -66,9 +67,18 @@ def frechet_distance_from_moments(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: 
 def _frechet(mu1: Tensor, a: Tensor, mu2: Tensor, b: Tensor) -> float:
     # S_1 = A'A and S_2 = B'B: the eigenvalues of S_1 S_2 are the squared singular values of A B', so that
     # tr (S_1 S_2)^(1/2) is their plain sum. No matrix square root, nothing complex, nothing added to a diagonal.
-    trace = torch.linalg.svdvals(a @ b.T).sum()
-    value = (mu1 - mu2).square().sum() + a.square().sum() + b.square().sum() - 2 * trace
+    value = (mu1 - mu2).square().sum() + a.square().sum() + b.square().sum() - 2 * _nuclear_norm(a @ b.T)
     return max(value.item(), 0.0)  # equal sets leave a rounding error of either sign
+
+
+def _nuclear_norm(m: Tensor) -> Tensor:
+    """Sum of the singular values of m."""
+    # The roots of the eigenvalues of m m' come several times sooner, but the squares drown small values in rounding.
+    squares = torch.linalg.eigvalsh(m @ m.T if len(m) <= m.shape[1] else m.T @ m).clamp_min(0)
+    total, rounding = squares.sqrt().sum(), torch.finfo(m.dtype).eps * squares.max()
+    if (rounding / (squares + rounding).sqrt()).sum() < 1e-8 * total:  # at worst; errors of both signs mostly cancel
+        return total
+    return torch.linalg.svdvals(m).sum()
 
 
 def _mean_and_factor(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,41 +132,61 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     """Precision, the share of fake (M, d) inside the manifold of real (N, d), and recall, the reverse; both in [0, 1].
 
     A set's manifold is the union of balls around its points, each as wide as the distance to the point's k-th nearest
-    neighbour, itself not counted; a point on the rim is inside. N, M > k >= 1, else ValueError. Time N^2 + M^2 + NM
-    over 2 (the sets' own distances are symmetric), memory linear.
+    neighbour, itself not counted; a point on the rim is inside. N, M > k >= 1, else ValueError. Float32 products of
+    blocks find the pairs in question, float64 decides where they can't; memory is linear in N and M.
     """
     real, fake = _feature_pair(real, fake, at_least=k + 1)
-    mean = real.mean(0)  # moves no distance, but short vectors round less in the float32 products below
+    mean = real.mean(0)  # moves no distance, but products of short vectors round less
     real_radius, fake_radius = _squared_radii(real, mean, k), _squared_radii(fake, mean, k)
-    real_inside = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    fake_inside = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
+    real_inside, fake_inside = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (real, fake))
     for i, x in _blocks(real, mean):
         for j, y in _blocks(fake, mean):
-            # A tie must count as inside (copies of an image are 0 apart and have radius 0), whichever way it is rounded.
-            d2 = _squared_distances(x, y, slack=2e-6)
-            fake_inside[j] |= (d2 <= real_radius[i, None]).any(0)
-            real_inside[i] |= (d2 <= fake_radius[j]).any(1)
+            d2 = _squared_distances(x, y)
+            rounding = 4e-6 * (x.square().sum(1).max() + y.square().sum(1).max()).item()  # a bound for that of d2
+            fake_inside[j] |= _inside(fake[j], real[i], real_radius[i], d2, rounding)
+            real_inside[i] |= _inside(real[i], fake[j], fake_radius[j], d2.T, rounding)
     return fake_inside.double().mean().item(), real_inside.double().mean().item()
 
 
+def _inside(points: Tensor, centres: Tensor, radius: Tensor, d2: Tensor, rounding: float) -> Tensor:
+    """Which points lie in a ball around a centre; d2 (centres, points) and radius (centres,), both squared. (points,)"""
+    gap = d2 - radius.to(d2.dtype)[:, None]
+    closest = gap.amin(0)
+    inside = closest < -rounding
+    for p in torch.where((closest <= rounding) & ~inside)[0]:
+        near = gap[:, p] <= rounding
+        exact = (centres[near].double() - points[p].double()).square().sum(1)
+        inside[p] = (exact <= radius[near] * (1 + 1e-12)).any()  # a tie must not hang on the order of a sum
+    return inside
+
+
 def _squared_radii(x: Tensor, mean: Tensor, k: int) -> Tensor:
-    """Squared distance of each point to its k-th nearest other one. (n,)"""
-    nearest = x.new_full((len(x), k), math.inf)
+    """Squared distance of each point to its k-th nearest other one, (n,) float64."""
+    few = min(k + 2, len(x) - 1)  # candidates by float32; rounding could swap the k-th with the next
+    nearest = x.new_full((len(x), few), math.inf)
+    index = torch.zeros(len(x), few, dtype=torch.long, device=x.device)
+
+    def merge(rows: slice, columns: slice, d2: Tensor) -> None:
+        nearest[rows], place = torch.cat([nearest[rows], d2], 1).topk(few, largest=False)
+        index[rows] = torch.where(place < few, index[rows].gather(1, place.clamp_max(few - 1)), place - few + columns.start)
+
     for i, a in _blocks(x, mean):
         for j, b in _blocks(x, mean, start=i.start):  # the upper triangle: d(a, b) serves the rows of a and those of b
             d2 = _squared_distances(a, b)
             if i == j:
                 d2.fill_diagonal_(math.inf)
             else:
-                nearest[j] = torch.cat([nearest[j], d2.T], 1).topk(k, largest=False).values
-            nearest[i] = torch.cat([nearest[i], d2], 1).topk(k, largest=False).values
-    return nearest.amax(1)
+                merge(j, i, d2.T)
+            merge(i, j, d2)
+    radius = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    for r, p, near in zip(radius.split(64), x.split(64), index.split(64)):
+        r[:] = (x[near].double() - p[:, None].double()).square().sum(2).kthvalue(k).values
+    return radius
 
 
-def _squared_distances(x: Tensor, y: Tensor, slack: float = 0.0) -> Tensor:
-    """|x|^2 + |y|^2 - 2 x.y, (n, m), lowered by the share `slack` of |x|^2 + |y|^2."""
-    x2, y2 = ((1 - slack) * z.square().sum(1) for z in (x, y))
-    return torch.addmm(y2, x, y.T, alpha=-2).add_(x2[:, None])
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """|x|^2 + |y|^2 - 2 x.y of x (n, d) and y (m, d), (n, m)."""
+    return torch.addmm(y.square().sum(1), x, y.T, alpha=-2).add_(x.square().sum(1)[:, None])
 
 
 def _blocks(x: Tensor, mean: Tensor, start: int = 0, size: int = 2048) -> Iterator[tuple[slice, Tensor]]:
@@ -235,7 +265,7 @@ def quadratic_kappa(confusion: Tensor) -> float | None:
 
 # -------------------------------------------------------------------------------------------------------- the network
 
-# One line a branch, one word a convolution: channels@height x width, "/2" for stride 2 (and no padding then), "a|b" for two
+# A string a branch, a word a convolution: channels@height x width, "/2" for stride 2 (and no padding then), "a|b" for two
 # side by side. The names are those of the public weight file. A pool has no weights and goes before the projection.
 _A = {"branch1x1": "64@1x1", "branch5x5": "48@1x1 64@5x5", "branch3x3dbl": "64@1x1 96@3x3 96@3x3"}
 _C = {
@@ -249,13 +279,14 @@ _E = {
     "branch3x3": "384@1x1 384@1x3|384@3x1",
     "branch3x3dbl": "448@1x1 384@3x3 384@1x3|384@3x1",
 }
+_POOL = {"branch_pool": "max/2"}
 MIXED = {  # name -> input channels, branches
     "Mixed_5b": (192, {**_A, "branch_pool": "avg 32@1x1"}),
     "Mixed_5c": (256, {**_A, "branch_pool": "avg 64@1x1"}),
     "Mixed_5d": (288, {**_A, "branch_pool": "avg 64@1x1"}),
-    "Mixed_6a": (288, {"branch3x3": "384@3x3/2", "branch3x3dbl": "64@1x1 96@3x3 96@3x3/2", "branch_pool": "max/2"}),
+    "Mixed_6a": (288, {"branch3x3": "384@3x3/2", "branch3x3dbl": "64@1x1 96@3x3 96@3x3/2", **_POOL}),
     **{f"Mixed_6{x}": (768, {b: s.format(c=c) for b, s in _C.items()}) for x, c in zip("bcde", (128, 160, 160, 192))},
-    "Mixed_7a": (768, {"branch3x3": "192@1x1 320@3x3/2", "branch7x7x3": "192@1x1 192@1x7 192@7x1 192@3x3/2", "branch_pool": "max/2"}),
+    "Mixed_7a": (768, {"branch3x3": "192@1x1 320@3x3/2", "branch7x7x3": "192@1x1 192@1x7 192@7x1 192@3x3/2", **_POOL}),
     "Mixed_7b": (1280, {**_E, "branch_pool": "avg 192@1x1"}),
     "Mixed_7c": (2048, {**_E, "branch_pool": "max 192@1x1"}),  # max: the 2015 network has it here only
 }
@@ -435,7 +466,7 @@ def extract(batches: Iterable[Tensor], total: int, network: Inception, what: str
         for batch in batches:
             yield batch
             done += len(batch)
-            rate = done / (time.monotonic() - start)
+            rate = done / max(time.monotonic() - start, 1e-3)
             if sys.stderr.isatty():
                 line = f"{what}: {done}/{total} images, {rate:.0f}/s, {(total - done) / rate:.0f} s left"
                 print(f"\r{line:79}", end="\n" if done == total else "", file=sys.stderr, flush=True)
@@ -450,14 +481,22 @@ def real_features(args: argparse.Namespace, network: Inception, sha256: str) -> 
     """Features and labels of the real images: taken from --real-stats if made from the same, else computed and kept there."""
     paths, labels, classes, _ = odm.find_images(args.real, args.order)
     source = {"real": str(Path(args.real).resolve()), "images": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
-    source |= {key: getattr(args, key) for key in ("dims", "size", "crop")} | {"classes": classes.names, "weights": sha256}
+    source |= {key: getattr(args, key) for key in ("dims", "size", "crop")} | {"classes": classes, "weights": sha256}
     if args.real_stats and Path(args.real_stats).exists():
         return load_stats(args.real_stats, source), torch.tensor(labels)
     images, labels, _ = odm.load_images(args.real, args.size, args.crop, args.order)
     x = extract(images.split(args.batch), len(images), network, "real")
     if args.real_stats:
-        odm.write_atomically(Path(args.real_stats), lambda file: np.savez(file, source=json.dumps(source), features=x.numpy()))
+        write_whole(args.real_stats, lambda file: np.savez(file, source=json.dumps(source), features=x.numpy()))
     return x, labels
+
+
+def write_whole(file: str, write: Callable) -> None:
+    """write(stream) to a neighbour that then takes the file's place: whole, or not at all."""
+    partial = Path(f"{file}.partial")
+    with open(partial, "wb") as stream:
+        write(stream)
+    partial.replace(file)
 
 
 def load_stats(file: str, source: dict) -> Tensor:
@@ -484,9 +523,9 @@ def score(name: str, real: Tensor, fake: Tensor, k: int) -> dict:
     fid, kid, kid_se, precision, recall = [None] * 5
     if few >= 2:
         fid = frechet_distance(real, fake)
-        kid, kid_se = kernel_distance(*(x.to(odm.choose_device("auto")) for x in (real, fake)))
+        kid, kid_se = kernel_distance(*(x.to(DEVICE) for x in (real, fake)))
     if few > k:
-        precision, recall = precision_recall(*(x.to(odm.choose_device("auto")) for x in (real, fake)), k)
+        precision, recall = precision_recall(*(x.to(DEVICE) for x in (real, fake)), k)
     row = {"class": name, "n_real": len(real), "n_fake": len(fake), "fid": fid, "fid_biased": few < real.shape[1]}
     return row | {"kid": kid, "kid_se": kid_se if few > 2 else None, "precision": precision, "recall": recall}
 
@@ -576,6 +615,11 @@ def draw_bars(title: str, groups: list[str], notes: list[str], series: dict[str,
 # -------------------------------------------------------------------------------------------------------- command line
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise odm.UserError(f"{message}; see --help")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     def at_least(least: int) -> Callable[[str], int]:
         def number(text: str) -> int:
@@ -586,7 +630,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return number
 
     raw = argparse.RawDescriptionHelpFormatter
-    parser = odm.Parser(prog="fid.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(prog="fid.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("real", metavar="REAL", help="folder of real images, as for odm.py train --data")
     parser.add_argument("generated", metavar="GENERATED", nargs="+", help="folder(s) of generated images, or of class folders")
     parser.add_argument("--dims", type=int, default=2048, choices=DIMS, help="features of the network [2048]")
@@ -611,8 +655,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     folders = {Path(root).resolve().name: root for root in args.generated}
     if len(folders) < len(args.generated):
         folders = {root: root for root in args.generated}
-    real_paths, _, real_classes, _ = odm.find_images(args.real, args.order)
-    classes = real_classes.names
+    real_paths, _, classes, _ = odm.find_images(args.real, args.order)
     listings = {name: list_generated(root) for name, root in folders.items()}
     for root, paths in [(args.real, real_paths), *((folders[name], paths) for name, (paths, _) in listings.items())]:
         if len(paths) <= args.k:
@@ -626,7 +669,7 @@ def evaluate(args: argparse.Namespace) -> dict:
             )
     args.size = args.size or common_size(args.generated)
     network, sha256 = load_weights(args.dims, args.weights)
-    real, real_labels = real_features(args, network.to(odm.choose_device("auto")), sha256)
+    real, real_labels = real_features(args, network.to(DEVICE), sha256)
     settings = {key: getattr(args, key) for key in ("real", "dims", "size", "crop", "k")} | {"classes": classes, "weights": sha256}
     result = {"settings": settings, "generated": {}, "agreement": {}}
     graded = {}
@@ -652,7 +695,7 @@ def plot(file: str, result: dict) -> None:
     notes = ["n = " + " / ".join(str(r[g]["n_fake"]) for r in rows.values() if g in r) + "*" * few[g] for g in groups]
     title = f"FID, {result['settings']['dims']} dimensions" + ", * biased upward" * any(few.values())
     image = draw_bars(title, groups, notes, series)
-    odm.write_atomically(Path(file), lambda out: image.save(out, format="PNG"))
+    write_whole(file, lambda out: image.save(out, format="PNG"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -667,7 +710,7 @@ def main(argv: list[str] | None = None) -> int:
         print(report(result))
         if args.json:
             text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-            odm.write_atomically(Path(args.json), lambda out: out.write(text.encode()))
+            write_whole(args.json, lambda out: out.write(text.encode()))
         if args.plot:
             plot(args.plot, result)
         return 0

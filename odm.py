@@ -617,6 +617,15 @@ def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = ""
 
 
 @dataclass
+class Classes:
+    """The ordered classes of a run: names in ascending severity, their severities, images of each."""
+
+    names: list[str]
+    severities: list[float]
+    counts: list[int]
+
+
+@dataclass
 class Batch:
     """What a training step sees: B images, R >= B rows of the network, G ladders of K rows."""
 
@@ -636,8 +645,7 @@ class Batch:
 
     def part(self, rank: int, world: int) -> Batch:
         """The share of one of `world` processes. No ladder is split; weights stay those of the whole."""
-        unit = torch.arange(len(self.index))  # what must stay together: the rows that share a noise
-        _, unit = torch.unique(self.noise, return_inverse=True)
+        _, unit = torch.unique(self.noise, return_inverse=True)  # rows that share a noise stay together
         mine = unit * world // (unit.max() + 1) == rank
         rows = mine[self.image]  # the rows that show my images
         ladders = rows[self.ladder[:, 0]] if len(self.ladder) else torch.zeros(0, dtype=torch.bool)
@@ -746,6 +754,28 @@ def measure_ladder(model: UNet, images: Tensor, alpha_bar: Tensor, n: int = 16) 
     return (straightness(eps_hat).mean().item() if C >= 3 else math.nan), gap
 
 
+def training_step(net: Network, ema: UNet, optimizer, images: Tensor, batch: Batch, alpha_bar: Tensor, config: Config,
+                  step: int, rank: int = 0, world: int = 1) -> Tensor:
+    """One step of Adam on Eq. 8, on the `rank`-th part of a batch. Returns (4,): L_total, L_DM, ordinal part, gradient norm."""
+    x_0 = to_unit(images[batch.index]).to(memory_format=torch.channels_last)
+    x_0 = torch.where(batch.flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
+    torch.manual_seed(seed_of(config.seed, step, 1))  # eps of the whole batch: a function of (seed, step)
+    eps = torch.randn(config.batch, *x_0.shape[1:], device=x_0.device)[batch.noise]
+    torch.manual_seed(seed_of(config.seed, step, 2, rank))  # the dropout masks
+    losses = total_loss(net, x_0, eps, batch, alpha_bar, config)
+    optimizer.zero_grad()
+    losses[0].backward()
+    losses, parameters = torch.stack(losses).detach(), list(net.module.parameters())
+    if world > 1:
+        add_up([losses, *(p.grad for p in parameters)])
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * min(1, (step + 1) / max(config.warmup, 1))
+    optimizer.step()
+    ema_update(ema, net.module, config.ema, step + 1)
+    return torch.cat([losses, norm[None]])
+
+
 def train(config: Config) -> Path:
     """Train, or resume, the run in config.out and return that folder: checkpoint.pt, metrics.csv, sheets.
 
@@ -779,33 +809,17 @@ def train(config: Config) -> Path:
 
     images, alpha_bar = images.to(device), alpha_bars(config).to(device)
     batches, net = Batches(config, labels, classes.severities), Network(model, config, device)
-    parameters = list(model.parameters())
     model.train()
     with StopSignals() as stop:
         while step < config.steps and not stop.agreed(step, device, world):
             batch = batches.draw(step).part(rank, world).to(device)
-            x_0 = to_unit(images[batch.index]).to(memory_format=torch.channels_last)
-            x_0 = torch.where(batch.flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
-            torch.manual_seed(seed_of(config.seed, step, 1))  # eps of the whole batch: a function of (seed, step)
-            eps = torch.randn(config.batch, *x_0.shape[1:], device=device)[batch.noise]
-            torch.manual_seed(seed_of(config.seed, step, 2, rank))  # the dropout masks
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1, (step + 1) / max(config.warmup, 1))
-            losses = total_loss(net, x_0, eps, batch, alpha_bar, config)  # Eq. 8
-            optimizer.zero_grad()
-            losses[0].backward()
-            losses = torch.stack(losses).detach()
-            if world > 1:
-                add_up([losses, *(p.grad for p in parameters)])
-            grad_norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-            optimizer.step()
+            losses = training_step(net, ema, optimizer, images, batch, alpha_bar, config, step, rank, world)
             step += 1
-            ema_update(ema, model, config.ema, step)
             if rank > 0:
                 continue
 
             # Only the first process gets here: measuring, saving, drawing.
-            log.add(step, torch.cat([losses, grad_norm[None]]))
+            log.add(step, losses)
             last = step == config.steps
             if last or step % config.log_every == 0:
                 log.measured(*measure_ladder(ema, images, alpha_bar))
@@ -879,7 +893,7 @@ class Network:
     """The network as it is run: under autocast, and compiled. The module itself stays raw: it is saved, averaged, counted."""
 
     def __init__(self, model: UNet, config: Config, device: torch.device):
-        self.num_classes, self.device, self.run = model.num_classes, device, model
+        self.module, self.num_classes, self.device, self.run = model, model.num_classes, device, model
         if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
             try:
                 torch.compile(torch.sin)(torch.zeros(8, device=device))  # is there a compiler at all?
@@ -979,15 +993,6 @@ progress.at = -math.inf
 
 
 # --------------------------------------------------------------------- checkpoints and files
-
-
-@dataclass
-class Classes:
-    """The ordered classes of a run: names in ascending severity, their severities, images of each."""
-
-    names: list[str]
-    severities: list[float]
-    counts: list[int]
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 """Tests of odm.py, fid.py and data/demo.py against independent references: closed forms, loops, hand-made cases.
 
     python -m pytest -q test_odm.py
+    python test_odm.py bench                                # speed and memory of the paper's settings
+    python test_odm.py bench --preset small --rounds 20     # any flags of `odm.py train`
 """
 
 import csv
@@ -1214,3 +1216,77 @@ def test_command_line(tmp_path):
         assert bad.returncode == 2 and named in bad.stderr and len(bad.stderr.splitlines()) == 1, bad.stderr
         assert bad.stdout == ""
     assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------- speed
+
+
+def matrix_rate(device, dtype, n: int) -> float:
+    """Operations a second of an n x n x n matrix product, the best of 5."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        begun = clock(device)
+        a @ b
+        best = min(best, clock(device) - begun)
+    return 2 * n**3 / best
+
+
+def clock(device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bench(argv) -> None:
+    """Training with the plain diffusion model and both readings, in turn, and sampling: medians of alternating rounds."""
+    import resource
+    from torch.utils.flop_counter import FlopCounterMode
+
+    at = argv.index("--rounds") if "--rounds" in argv else len(argv)
+    rounds = int((argv[at + 1 : at + 2] or ["5"])[0])
+    args = vars(odm.parser().parse_args(["train", *argv[:at], *argv[at + 2 :]]))
+    preset = [args.pop(name) for name in ("command", "preset")][1]
+    config = odm.Config(**{**(odm.SMALL if preset == "small" else {}), **{k: v for k, v in args.items() if v is not None}})
+    odm.check_config(config)
+    device, *_ = odm.start(config.device)
+    images = torch.randint(0, 256, (256, 3, config.size, config.size), dtype=torch.uint8, device=device)
+    labels = torch.arange(256) % 4
+    alpha_bar, steps, times = odm.alpha_bars(config).to(device), {}, {}
+    model = odm.UNet(config, 4).to(device, memory_format=torch.channels_last)
+    ema = odm.copy.deepcopy(model).eval().requires_grad_(False)
+    net = odm.Network(model, config, device)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    for name, changes in (("DM", dict(ordinal=0.0)), ("ODM images", dict(ladder="images")), ("ODM labels", dict(ladder="labels"))):
+        variant = replace(config, **changes)
+        batch = odm.Batches(variant, labels, [0.0, 1.0, 2.0, 3.0]).draw(0).to(device)
+        steps[name] = lambda b=batch, v=variant: odm.training_step(net, ema, optimizer, images, b, alpha_bar, v, 0)
+    with FlopCounterMode(display=False) as counter:
+        odm.training_step(odm.Network(model, replace(config, compile="off"), device), ema, optimizer, images,
+                          odm.Batches(replace(config, ordinal=0.0), labels, [0.0, 1.0, 2.0, 3.0]).draw(0).to(device), alpha_bar, config, 0)
+    for _ in range(rounds + 1):  # the first round warms up
+        for name, step in steps.items():
+            begun = clock(device)
+            step()
+            times.setdefault(name, []).append(clock(device) - begun)
+    median = {name: float(np.median(t[1:])) for name, t in times.items()}
+    dtype = torch.bfloat16 if net.bfloat16 else torch.float32
+    rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
+    print(f"{device}, {dtype}, {sum(p.numel() for p in model.parameters()):,} parameters, {config.size}x{config.size}, batch {config.batch}, "
+          f"{rate / 1e12:.2f} TFLOP/s in a matrix product")
+    for name, seconds in median.items():
+        print(f"train {name:11s} {config.batch / seconds:8.1f} images/s   {seconds:.4f} s a step, {seconds / median['DM']:.2f} of DM's")
+    print(f"train DM: {counter.get_total_flops() / 1e9:,.0f} GFLOP a step, {counter.get_total_flops() / median['DM'] / rate:.0%} of that rate")
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak memory so far {memory / 2**30:.2f} GiB")
+    ema_net, n = odm.Network(ema, config, device), 4  # steps that are timed
+    draw = lambda: odm.draw_images(ema_net, [0.0] * config.batch, [(0, i) for i in range(config.batch)], replace(config, sample_steps=n), device)
+    draw()
+    begun = clock(device)
+    draw()
+    print(f"sample {config.batch / ((clock(device) - begun) / n * config.sample_steps):.2f} images/s (DDIM-{config.sample_steps}, guidance {config.guidance:g})")
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:2] == ["bench"], "python -m pytest -q test_odm.py runs the tests; python test_odm.py bench measures"
+    bench(sys.argv[2:])
