@@ -57,11 +57,8 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 def frechet_distance_from_moments(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
     """frechet_distance from means (d,) and covariances (d, d), for statistics that were published without features."""
 
-    def factor(cov: Tensor) -> Tensor:  # cov = V w V' gives A = w^(1/2) V'; rounding can push a zero of w below zero
-        w, v = torch.linalg.eigh(torch.as_tensor(cov).double())
-        return w.clamp_min(0).sqrt()[:, None] * v.T
-
-    return _frechet(torch.as_tensor(mu1).double(), factor(cov1), torch.as_tensor(mu2).double(), factor(cov2))
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(moment).double() for moment in (mu1, cov1, mu2, cov2))
+    return _frechet(mu1, _factor(cov1), mu2, _factor(cov2))
 
 
 def _frechet(mu1: Tensor, a: Tensor, mu2: Tensor, b: Tensor) -> float:
@@ -76,19 +73,28 @@ def _nuclear_norm(m: Tensor) -> Tensor:
     # The roots of the eigenvalues of m m' come several times sooner, but the squares drown small values in rounding.
     squares = torch.linalg.eigvalsh(m @ m.T if len(m) <= m.shape[1] else m.T @ m).clamp_min(0)
     total, rounding = squares.sqrt().sum(), torch.finfo(m.dtype).eps * squares.max()
-    if (rounding / (squares + rounding).sqrt()).sum() < 1e-8 * total:  # at worst; errors of both signs mostly cancel
+    if (rounding / (squares + rounding).sqrt()).sum() < 1e-9 * total:  # at worst; errors of both signs mostly cancel
         return total
     return torch.linalg.svdvals(m).sum()
 
 
 def _mean_and_factor(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and A (min(n, d), d) with A'A = covariance, by QR: the covariance itself would square the rounding."""
+    """Mean (d,) of features (n, d), and an A (min(n, d), d) with A'A = their covariance."""
     n, d = x.shape
     mean = x.mean(0, dtype=torch.float64)
-    a = mean.new_empty(0, d)
-    for block in x.split(4 * d):  # a few rows at a time: no float64 copy of all features
-        a = torch.linalg.qr(torch.cat([a, block.double() - mean]), mode="r").R
-    return mean, a / math.sqrt(n - 1)
+    if n <= d:
+        return mean, (x.double() - mean) / math.sqrt(n - 1)
+    blocks = (block.double() - mean for block in x.split(d))  # no float64 copy of all features
+    return mean, _factor(sum(block.T @ block for block in blocks) / (n - 1))
+
+
+def _factor(cov: Tensor) -> Tensor:
+    """A (d, d) with A'A = cov."""
+    lower, failed = torch.linalg.cholesky_ex(cov)
+    if not failed:
+        return lower.T
+    w, v = torch.linalg.eigh(cov)  # cov is singular: A = w^(1/2) V'
+    return w.clamp_min(0).sqrt()[:, None] * v.T  # rounding can push a w that should be 0 below it
 
 
 def kernel_distance(real: Tensor, fake: Tensor, blocks: int = 10) -> tuple[float, float]:
@@ -136,8 +142,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     blocks find the pairs in question, float64 decides where they can't; memory is linear in N and M.
     """
     real, fake = _feature_pair(real, fake, at_least=k + 1)
-    mean = real.mean(0)  # moves no distance, but products of short vectors round less
-    real_radius, fake_radius = _squared_radii(real, mean, k), _squared_radii(fake, mean, k)
+    mean = real.mean(0)  # subtracting it moves no distance, but products of short vectors round less
+    real_radius, fake_radius = _squared_radii(real, k), _squared_radii(fake, k)
     real_inside, fake_inside = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (real, fake))
     for i, x in _blocks(real, mean):
         for j, y in _blocks(fake, mean):
@@ -160,16 +166,18 @@ def _inside(points: Tensor, centres: Tensor, radius: Tensor, d2: Tensor, roundin
     return inside
 
 
-def _squared_radii(x: Tensor, mean: Tensor, k: int) -> Tensor:
+def _squared_radii(x: Tensor, k: int) -> Tensor:
     """Squared distance of each point to its k-th nearest other one, (n,) float64."""
-    few = min(k + 2, len(x) - 1)  # candidates by float32; rounding could swap the k-th with the next
+    few = min(k + 4, len(x) - 1)  # float32 names the candidates: among close ones it may mistake the order
     nearest = x.new_full((len(x), few), math.inf)
     index = torch.zeros(len(x), few, dtype=torch.long, device=x.device)
 
     def merge(rows: slice, columns: slice, d2: Tensor) -> None:
-        nearest[rows], place = torch.cat([nearest[rows], d2], 1).topk(few, largest=False)
-        index[rows] = torch.where(place < few, index[rows].gather(1, place.clamp_max(few - 1)), place - few + columns.start)
+        near, place = d2.topk(min(few, d2.shape[1]), largest=False)
+        nearest[rows], order = torch.cat([nearest[rows], near], 1).topk(few, largest=False)
+        index[rows] = torch.cat([index[rows], place + columns.start], 1).gather(1, order)
 
+    mean = x.mean(0)
     for i, a in _blocks(x, mean):
         for j, b in _blocks(x, mean, start=i.start):  # the upper triangle: d(a, b) serves the rows of a and those of b
             d2 = _squared_distances(a, b)
@@ -189,7 +197,7 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.addmm(y.square().sum(1), x, y.T, alpha=-2).add_(x.square().sum(1)[:, None])
 
 
-def _blocks(x: Tensor, mean: Tensor, start: int = 0, size: int = 2048) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(x: Tensor, mean: Tensor, start: int = 0, size: int = 1024) -> Iterator[tuple[slice, Tensor]]:
     for i in range(start, len(x), size):
         rows = slice(i, min(i + size, len(x)))
         yield rows, x[rows] - mean

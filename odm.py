@@ -547,7 +547,7 @@ def labels_from_csv(root: Path, paths: list[Path]) -> tuple[list[tuple[Path, str
 def labels_from_folders(root: Path, paths: list[Path], order: str) -> tuple[list[tuple[Path, str]], list[str]]:
     """(path, class) by parent folder. In a stray subfolder of a class folder, the class folder counts."""
     holders = {path.parent for path in paths}
-    named = set(order.split(",")) if order else set()
+    named = {name.strip() for name in order.split(",")}
     pairs, first, loose, copies = [], {}, 0, 0
     for path in paths:
         chain = [p for p in path.parents if root in p.parents]  # nearest first, root left out
@@ -744,10 +744,10 @@ def measure_ladder(model: UNet, images: Tensor, alpha_bar: Tensor, n: int = 16) 
 
     images: (N, 3, H, W) uint8. The same images, t and noise at every call, so that numbers compare.
     """
-    device, C = images.device, model.num_classes
-    x_0 = to_unit(images[torch.linspace(0, len(images) - 1, n).long().to(device)])
+    device, C, rng = images.device, model.num_classes, torch.Generator().manual_seed(0)
+    x_0 = to_unit(images[torch.randint(len(images), (n,), generator=rng).to(device)])
     t = torch.linspace(1, len(alpha_bar) - 1, n).round().long().to(device)
-    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    eps = torch.randn(x_0.shape, generator=rng).to(device)
     x_t = q_sample(x_0, t, eps, alpha_bar)
     eps_hat = torch.stack([model(x_t, t, torch.full_like(t, c)) for c in range(C)], dim=1)
     gap = ladder_distances(eps_hat, "euclidean")[0, C - 1].mean().item()
@@ -920,6 +920,8 @@ def start(name: str) -> tuple[torch.device, int, int]:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {first_line(error)}") from None
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # all batches have one shape: let it look for the fastest kernels
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)

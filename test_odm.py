@@ -6,23 +6,30 @@
 """
 
 import csv
+import http.server
 import importlib.util
 import itertools
+import json
 import math
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 
+import fid
 import odm
 
 HERE = Path(__file__).resolve().parent
@@ -1216,6 +1223,497 @@ def test_command_line(tmp_path):
         assert bad.returncode == 2 and named in bad.stderr and len(bad.stderr.splitlines()) == 1, bad.stderr
         assert bad.stdout == ""
     assert (tmp_path / "file").read_text() == "mine"
+
+
+# --------------------------------------------------------------------------------------- fid.py
+
+SHARED = HERE.parent / "shared"
+WEIGHTS_768 = SHARED / "weights" / "fid-inception-768-fp16.pth"
+
+
+def normal(n, d, seed, dtype=torch.float64):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def exact_gaussian(n, variances, seed):
+    """n points whose sample mean is 0 and sample covariance diag(variances), exactly."""
+    q = torch.linalg.qr(torch.cat([torch.ones(n, 1, dtype=torch.float64), normal(n, len(variances), seed)], 1)).Q[:, 1:]
+    return q * (torch.tensor(variances, dtype=torch.float64) * (n - 1)).sqrt()
+
+
+def test_frechet_closed_forms():
+    variances = [4.0, 1.0, 0.25, 1e-4, 0.0]
+    others = [1.0, 9.0, 0.25, 0.0, 2.0]
+    spread = sum((a**0.5 - b**0.5) ** 2 for a, b in zip(variances, others))
+    shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], dtype=torch.float64)
+    x, y = exact_gaussian(50, variances, 1), exact_gaussian(70, others, 2)
+    assert fid.frechet_distance(x, x + shift) == pytest.approx(14.25, rel=1e-9)  # equal covariances: |shift|^2
+    assert fid.frechet_distance(x, y + shift) == pytest.approx(14.25 + spread, rel=1e-9)  # diagonal ones: root by root
+    a, b = torch.diag(torch.tensor(variances)), torch.diag(torch.tensor(others))
+    assert fid.frechet_distance_from_moments(shift, a, 0 * shift, b) == pytest.approx(14.25 + spread, rel=1e-9)
+    turn = torch.linalg.qr(normal(5, 5, 3)).Q  # one rotation of both sets changes nothing
+    assert fid.frechet_distance(x @ turn, (y + shift) @ turn) == pytest.approx(14.25 + spread, rel=1e-9)
+
+
+def test_frechet_of_sets_on_a_line():
+    line = torch.nn.functional.normalize(normal(1, 100, 1), dim=1)  # rank 1: all but one singular value are 0
+    x = exact_gaussian(150, [4.0], 2) @ line
+    assert fid.frechet_distance(x, 1.5 * x) == pytest.approx((3 - 2) ** 2, rel=1e-9)
+    assert fid.frechet_distance_from_moments(0 * line[0], 4 * line.T @ line, 0 * line[0], 9 * line.T @ line) == pytest.approx(1, rel=1e-9)
+
+
+def test_frechet_of_two_points_each():
+    a, b = normal(1, 300, 1), normal(1, 300, 2)  # +-a: covariance 2 a'a, so the trace of the root is 2 |a.b|
+    by_hand = 2 * (a @ a.T + b @ b.T - 2 * (a @ b.T).abs()).item()
+    assert fid.frechet_distance(torch.cat([a, -a]), torch.cat([b, -b])) == pytest.approx(by_hand, rel=1e-9)
+
+
+@pytest.mark.parametrize("n, m, d", [(200, 150, 24), (20, 30, 64), (30, 200, 64), (700, 600, 16)])
+def test_frechet_against_eigenvalues_of_the_product(n, m, d):
+    x, y = normal(n, d, 1) @ normal(d, d, 2), 3 + normal(m, d, 3) @ normal(d, d, 4)
+    s1, s2 = np.cov(x.T.numpy()), np.cov(y.T.numpy())
+    root = np.sqrt(np.clip(scipy.linalg.eigvals(s1 @ s2).real, 0, None)).sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum().item() + np.trace(s1) + np.trace(s2) - 2 * root
+    assert fid.frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+    from_moments = fid.frechet_distance_from_moments(x.mean(0), s1, y.mean(0), s2)
+    assert from_moments == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_ends_and_float32_features():
+    x = 100 + normal(400, 32, 1)  # a mean this large costs float32 statistics 4 digits
+    y = 100 + 1.1 * normal(400, 32, 2)
+    assert fid.frechet_distance(x, x) < 1e-9 and fid.frechet_distance(x[:5], x[:5]) < 1e-9
+    assert fid.frechet_distance(x, y) == pytest.approx(fid.frechet_distance(y, x), rel=1e-12)
+    x32, y32 = x.float(), y.float()
+    assert fid.frechet_distance(x32, y32) == pytest.approx(fid.frechet_distance(x32.double(), y32.double()), rel=1e-12)
+    for wrong in (x[:1], x[:, :5]):
+        with pytest.raises(ValueError):
+            fid.frechet_distance(x, wrong)
+
+
+def test_kernel_distance_is_the_double_loop():
+    x, y = normal(23, 5, 1, torch.float32), 0.5 + normal(17, 5, 2, torch.float32)
+
+    def k(a, b):
+        return (a.double().dot(b.double()).item() / 5 + 1) ** 3
+
+    xx = [k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j]
+    yy = [k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j]
+    xy = [k(a, b) for a in x for b in y]
+    assert fid.kernel_distance(x, y)[0] == pytest.approx(np.mean(xx) + np.mean(yy) - 2 * np.mean(xy), rel=1e-5)
+    value, error = fid.kernel_distance(x[:2], y[:2])
+    assert math.isfinite(value) and math.isnan(error)
+
+
+def test_kid_is_unbiased_where_fid_is_not():
+    splits = [normal(60, 32, seed, torch.float32).split(30) for seed in range(150)]
+    values, errors = map(np.array, zip(*(fid.kernel_distance(x, y) for x, y in splits)))
+    assert abs(values.mean()) < 3 * values.std() / 150**0.5
+    assert 0.8 < np.sqrt((errors**2).mean()) / values.std() < 1.6  # the standard error is honest, if on the safe side
+    distances = np.array([fid.frechet_distance(x, y) for x, y in splits[:20]])
+    assert distances.mean() > 10 * distances.std()
+
+
+def test_kid_standard_error_where_the_sets_differ():
+    values, errors = zip(*(fid.kernel_distance(normal(100, 8, 2 * s), 0.7 + normal(80, 8, 2 * s + 1)) for s in range(120)))
+    assert 0.8 < np.sqrt(np.square(errors).mean()) / np.std(values) < 1.3
+
+
+def brute_force(real, fake, k):
+    def radii(x):
+        return np.array([np.sort(np.linalg.norm(np.delete(x, i, 0) - x[i], axis=1))[k - 1] for i in range(len(x))])
+
+    def share_inside(points, centres):
+        r = radii(centres)
+        return np.mean([(np.linalg.norm(centres - p, axis=1) <= r * (1 + 1e-12)).any() for p in points])
+
+    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
+    return share_inside(fake, real), share_inside(real, fake)
+
+
+@pytest.mark.parametrize("n, m, d, k", [(90, 70, 3, 3), (60, 80, 100, 1), (4, 4, 2, 3), (2100, 2060, 2, 5)])
+def test_precision_recall_against_loops(n, m, d, k):
+    real, fake = normal(n, d, 1, torch.float32), 0.4 + 0.8 * normal(m, d, 2, torch.float32)
+    expected = brute_force(real, fake, k)
+    assert fid.precision_recall(real, fake, k) == pytest.approx(expected, abs=1e-12)
+    if n < 100:  # far from the origin float32 products would be too coarse
+        assert fid.precision_recall(real + 300, fake + 300, k) == pytest.approx(brute_force(real + 300, fake + 300, k), abs=1e-12)
+    assert fid.precision_recall(fake, real, k) == fid.precision_recall(real, fake, k)[::-1]
+
+
+def test_ties_are_inside():
+    rng = torch.Generator().manual_seed(0)  # points of a grid: most distances are ties, many points coincide
+    for seed in range(20):
+        real, fake = (torch.randint(0, 6, (60, 2), generator=rng).float() for _ in "rf")
+        assert fid.precision_recall(real, fake, 2) == pytest.approx(brute_force(real, fake, 2), abs=1e-12)
+    black = torch.cat([torch.full((5, 768), 0.1), normal(30, 768, 1, torch.float32)])  # copies: radius 0, distance 0
+    assert fid.precision_recall(black, black[:5]) == (1.0, 5 / 35)
+
+
+def test_near_copies_far_apart():
+    # Groups of 5 within a fraction of 1, 1000 from the mean: float32 products put their distances in the wrong order.
+    angle = torch.arange(40).repeat_interleave(5) * (2 * math.pi / 40)
+    centres = 1000 * torch.stack([angle.cos(), angle.sin()], 1)
+    real, fake = (centres + 0.1 * normal(200, 2, seed, torch.float32) for seed in (1, 2))
+    assert fid.precision_recall(real, fake, 2) == pytest.approx(brute_force(real, fake, 2), abs=1e-12)
+
+
+def test_collapsed_generator_has_high_precision_and_low_recall():
+    real = normal(300, 16, 1, torch.float32)
+    fake = real[:1] + 1e-3 * normal(300, 16, 2, torch.float32)
+    precision, recall = fid.precision_recall(real, fake)
+    assert precision == 1 and recall <= 1 / 300
+    with pytest.raises(ValueError):
+        fid.precision_recall(real[:3], fake, k=3)
+
+
+def test_quadratic_kappa_by_hand():
+    assert fid.quadratic_kappa(torch.tensor([[5, 0], [0, 7]])) == 1
+    assert fid.quadratic_kappa(torch.tensor([[2, 4], [3, 6]])) == pytest.approx(0, abs=1e-12)  # rows in proportion: chance
+    # observed cost (1 + 4) / 6; by chance: rows 2, 2, 2 and columns 2, 2, 2 -> cost (4 * 1 + 2 * 4) * 4 / 36
+    assert fid.quadratic_kappa(torch.tensor([[1, 0, 1], [0, 2, 0], [1, 0, 1]])) == pytest.approx(1 - (8 / 6) / (48 / 36))
+    assert fid.quadratic_kappa(torch.tensor([[3, 0], [0, 0]])) is None
+
+
+def test_severity_agreement():
+    counts = [120, 60, 30, 12]  # a rare severest grade, as in the data
+    direction = torch.nn.functional.normalize(normal(1, 40, 0), dim=1)
+
+    def draw(seed):
+        labels = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+        return (normal(len(labels), 40, seed) + 6 * labels[:, None] * direction).float(), labels
+
+    real, labels = draw(1)
+    shown, asked = draw(2)
+    wrong = asked[torch.randperm(len(asked), generator=torch.Generator().manual_seed(0))]
+    result = fid.severity_agreement(real, labels, {"good": (shown, asked), "random": (shown, wrong), "one": (shown[asked == 3], asked[asked == 3])}, 4)
+    assert result["real, held out"]["n"] == 111 and result["real, held out"]["qwk"] > 0.85
+    assert result["good"]["qwk"] > 0.85 and abs(result["random"]["qwk"]) < 0.2
+    assert result["good"]["mae"] < 0.2 < 0.8 < result["random"]["mae"]
+    confusion = torch.tensor(result["good"]["confusion"])
+    assert confusion.sum(1).tolist() == counts and confusion[3, 3] >= 9
+    off = (torch.arange(4)[:, None] - torch.arange(4)).abs()
+    assert result["good"]["mae"] == pytest.approx((confusion * off).sum().item() / sum(counts))
+    assert result["one"]["confusion"][:3] == [[0] * 4] * 3
+
+
+def test_ridge_penalty_has_the_least_leave_one_out_error():
+    x, labels = normal(24, 6, 1), torch.arange(24) % 3
+    x[:, 0] += labels
+    kept = []
+    classify = fid.ridge_classifier(x, labels, 3)
+    slope = dict(zip(classify.__code__.co_freevars, (c.cell_contents for c in classify.__closure__)))["best_slope"]
+    centred, target = x - x.mean(0), (labels[:, None] > torch.arange(2)).double()  # equal classes: equal weights
+    total = (centred.square().sum() / 24).item()
+    for penalty in total * np.logspace(-5, 0, 11):  # every fit made anew without the image that is left out
+        error = 0
+        for i in range(24):
+            rest = torch.arange(24) != i
+            a, b = x[rest] - x[rest].mean(0), target[rest] - target[rest].mean(0)
+            w = torch.linalg.solve(a.T @ a / 24 + penalty * torch.eye(6, dtype=torch.float64), a.T @ b / 24)
+            error += (target[i] - target[rest].mean(0) - (x[i] - x[rest].mean(0)) @ w).square().sum().item() / 24
+        full = torch.linalg.solve(centred.T @ centred / 24 + penalty * torch.eye(6, dtype=torch.float64), centred.T @ (target - target.mean(0)) / 24)
+        kept.append((error, full))
+    assert torch.allclose(slope, min(kept, key=lambda e: e[0])[1], rtol=1e-8, atol=1e-10)
+
+
+def waves(shape, scale):
+    return scale * torch.cos(torch.arange(math.prod(shape), dtype=torch.float64) ** 1.5).float().view(shape)
+
+
+def fill_with_waves(network):
+    """Weights that any implementation can be given: the same numbers on every machine."""
+    state = {}
+    for name, value in network.state_dict().items():
+        if name.endswith("conv.weight"):
+            state[name] = waves(value.shape, (4 / value[0].numel()) ** 0.5)
+        elif name.endswith(("bn.running_var", "bn.weight")):
+            state[name] = 1 + waves(value.shape, 0.3)
+        elif not name.endswith("num_batches_tracked"):
+            state[name] = waves(value.shape, 0.2)
+    network.load_state_dict(state, strict=False)
+    return network
+
+
+def test_image():
+    i = torch.arange(3 * 40 * 50)
+    return ((i * i) % 251).to(torch.uint8).view(1, 3, 40, 50)
+
+
+test_image.__test__ = False
+
+
+def summary(x):
+    x = x[0].double()
+    return x.sum().item(), x.square().mean().sqrt().item(), (x @ torch.arange(1, len(x) + 1.0).double() / x.sum()).item()
+
+
+@pytest.mark.parametrize(
+    "dims, expected",  # sum, root mean square and centroid of the features that pytorch-fid 0.3.0's network gave
+    [
+        (64, (16.378099345136434, 0.3232815183709533, 30.19210691719125)),
+        (192, (68.64484141088997, 0.528024275579934, 97.09053981847158)),
+        (768, (77.15302715079997, 0.18921177408829562, 381.4555883042095)),
+        (2048, (286.9499453532171, 0.24868668614621625, 1068.5793844638972)),
+    ],
+)
+def test_network_gives_the_features_of_pytorch_fid(dims, expected):
+    assert summary(fid.features(test_image(), fill_with_waves(fid.Inception(dims)))) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.skipif(not WEIGHTS_768.exists(), reason="needs the network's weights")
+def test_network_gives_the_features_of_pytorch_fid_with_real_weights():
+    network, _ = fid.load_weights(768, str(WEIGHTS_768))
+    expected = (23.620308166239738, 0.07778412673429534, 330.6755039506857)
+    assert summary(fid.features(test_image(), network)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_features_are_float32_in_eval_mode_whatever_the_batch():
+    network = fill_with_waves(fid.Inception(192)).train()
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = fid.features(images, network, batch_size=2)
+    assert x.dtype == torch.float32 and x.shape == (5, 192)
+    assert torch.allclose(x, torch.cat([fid.features(images[i : i + 1], network) for i in range(5)]), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(x, network.eval()(images), rtol=1e-5, atol=1e-6)
+    assert fid.features(images[:0], network).shape == (0, 192)
+    with pytest.raises(ValueError):
+        fid.Inception(100)
+
+
+@pytest.fixture(scope="module")
+def weights_64(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random 64.pth"
+    torch.save(fill_with_waves(fid.Inception(64)).half().state_dict(), path)
+    return str(path)
+
+
+def test_load_weights_says_what_is_wrong(weights_64, tmp_path):
+    network, sha256 = fid.load_weights(64, weights_64)
+    assert len(sha256) == 64 and all(p.dtype == torch.float32 for p in network.parameters())
+    with pytest.raises(odm.UserError, match="Conv2d_3b_1x1.conv.weight, which --dims 768 needs"):
+        fid.load_weights(768, weights_64)
+
+    class Evil:
+        def __reduce__(self):
+            return (Path(tmp_path / "ran").touch, ())
+
+    whole = Path(weights_64).read_bytes()
+    state = torch.load(weights_64, weights_only=True)
+    for content in (whole[: len(whole) // 2], b"", b"<html>Not found</html>", pickle.dumps(Evil()), pickle.dumps([1, 2])):
+        (tmp_path / "bad.pth").write_bytes(content)
+        with pytest.raises(odm.UserError, match="bad.pth: damaged, or not"):
+            fid.load_weights(64, str(tmp_path / "bad.pth"))
+    assert not (tmp_path / "ran").exists()
+    for change in ({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 5, 5)}, {"Conv2d_2a_3x3.bn.bias": torch.full((32,), math.nan)}):
+        torch.save({**state, **change}, tmp_path / "bad.pth")
+        with pytest.raises(odm.UserError, match=f"{next(iter(change))} is damaged or belongs"):
+            fid.load_weights(64, str(tmp_path / "bad.pth"))
+    for missing in (tmp_path / "none.pth", tmp_path):
+        with pytest.raises(odm.UserError, match="cannot be read"):
+            fid.load_weights(64, str(missing))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty torch.hub cache; returns the place of the weight file in it."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints" / "weights-of-fid.pth"
+
+
+def serve(content, claimed, monkeypatch):
+    """The weights' URL leads to a local server that sends `content` and claims it were `claimed` bytes long."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(claimed))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    monkeypatch.setattr(fid, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/weights-of-fid.pth")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return server
+
+
+def test_download(weights_64, hub, monkeypatch):
+    content = Path(weights_64).read_bytes()
+    monkeypatch.setattr(fid, "WEIGHTS_SHA256", fid.load_weights(64, weights_64)[1])
+    with serve(content[:5000], len(content), monkeypatch):  # the line breaks
+        with pytest.raises(odm.UserError, match="cannot download http://127.0.0.1.*weights-of-fid.pth, or use --weights"):
+            fid.load_weights(64)
+        assert list(hub.parent.iterdir()) == []
+    with serve(content[:-1] + b"?", len(content), monkeypatch):  # another file
+        with pytest.raises(odm.UserError, match="cannot download"):
+            fid.load_weights(64)
+        assert list(hub.parent.iterdir()) == []
+    with pytest.raises(odm.UserError, match="cannot download.*fetch it elsewhere and put it at .*weights-of-fid.pth"):
+        fid.load_weights(64)  # nobody answers any more
+    with serve(content, len(content), monkeypatch):
+        fid.load_weights(64)
+        assert [path.name for path in hub.parent.iterdir()] == ["weights-of-fid.pth"]
+    fid.load_weights(64)  # from the cache: the server is gone
+    hub.write_bytes(content[:-1])  # as an older tool that was killed would leave it
+    with pytest.raises(odm.UserError, match="weights-of-fid.pth: only a part"):
+        fid.load_weights(64)
+
+
+def save_images(folder, n, seed, size=(16, 16), low=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        pixels = rng.integers(low, 256, (*size, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    for grade, n in enumerate((9, 6, 5)):
+        save_images(root / "real" / f"Mayo {grade}", n, grade, low=60 * grade)
+        save_images(root / "dm" / f"Mayo {grade}", n + 1, 10 + grade, low=50 * grade)
+        save_images(root / "odm" / f"Mayo {grade}", 3 + grade, 20 + grade, low=60 * grade)
+        save_images(root / "ladder" / f"{1 + grade / 2:g}", 4, grade)
+    save_images(root / "dm", 1, 99)
+    (root / "dm" / "000.png").rename(root / "dm" / "sheet.png")
+    save_images(root / "gan", 7, 30)
+    save_images(root / "mixed", 2, 31)
+    save_images(root / "mixed" / "Mayo 0", 4, 32)
+    save_images(root / "few", 3, 33)
+    save_images(root / "wide", 4, 34, size=(16, 24))
+    (root / "empty").mkdir()
+    save_images(root / "broken", 4, 35)
+    (root / "broken" / "002.png").write_bytes((root / "broken" / "001.png").read_bytes()[:300])
+    return root
+
+
+def run_fid(*words):
+    try:
+        return fid.main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_command(folders, weights_64, tmp_path, capsys, monkeypatch):
+    words = [folders / "real", folders / "dm", folders / "odm", folders / "gan", "--dims", 64, "--weights", weights_64]
+    words += ["--json", tmp_path / "s.json", "--plot", tmp_path / "p.png", "--real-stats", tmp_path / "real.npz"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_fid(*words) == 0
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "s.json").read_text())
+    rows = {(name, row["class"]): row for name, entry in result["generated"].items() for row in entry["rows"]}
+    assert {key: (row["n_real"], row["n_fake"]) for key, row in rows.items()} == {
+        ("dm", "all"): (20, 23), ("dm", "Mayo 0"): (9, 10), ("dm", "Mayo 1"): (6, 7), ("dm", "Mayo 2"): (5, 6),
+        ("odm", "all"): (20, 12), ("odm", "Mayo 0"): (9, 3), ("odm", "Mayo 1"): (6, 4), ("odm", "Mayo 2"): (5, 5),
+        ("gan", "all"): (20, 7),
+    }  # fmt: skip
+    assert out.count("Mayo 1") >= 2 and "n below the 64 dimensions" in out and "QWK" in out
+    assert all(row["fid_biased"] for row in rows.values())
+    assert rows["odm", "Mayo 0"]["precision"] is None and rows["odm", "Mayo 1"]["precision"] is not None
+    assert set(result["agreement"]) == {"real, held out", "dm", "odm"}
+    assert result["agreement"]["dm"]["n"] == 23
+
+    # the numbers are those of the functions, on what the folders hold
+    network, _ = fid.load_weights(64, weights_64)
+    x, y = (torch.cat([torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1)[None] for p in sorted((folders / s / "Mayo 1").iterdir())]) for s in ("real", "dm"))
+    x, y = fid.features(x, network), fid.features(y, network)
+    row = rows["dm", "Mayo 1"]
+    assert row["fid"] == pytest.approx(fid.frechet_distance(x, y), rel=1e-4)
+    assert (row["precision"], row["recall"]) == fid.precision_recall(x, y)
+    assert row["kid"] == pytest.approx(fid.kernel_distance(x, y)[0], rel=1e-3, abs=1e-6)
+    assert Image.open(tmp_path / "p.png").width > 600
+
+    # the second run takes the real features from the file, a different question does not
+    def unwanted(*_, **__):
+        raise AssertionError("images read again")
+
+    monkeypatch.setattr(odm, "load_images", unwanted)
+    (tmp_path / "s.json").unlink()
+    assert run_fid(*words) == 0
+    again = json.loads((tmp_path / "s.json").read_text())
+    assert again == result
+    for change in (["--size", 8], ["--crop", 12]):
+        assert run_fid(*words, *change) == 2
+        assert f"made with {change[0][2:]}" in capsys.readouterr().err
+    (tmp_path / "real.npz").write_bytes((tmp_path / "real.npz").read_bytes()[:-200])
+    assert run_fid(*words) == 2
+    assert "real.npz: damaged" in capsys.readouterr().err
+
+
+def test_plot_draws_each_bar_to_scale():
+    image = fid.draw_bars("title", ["a", "b"], ["n = 1", "n = 2"], {"x": [10.0, 5.0], "y": [None, 2.5]}).convert("RGB")
+    pixels = np.asarray(image).astype(int)[200:]  # below the legend
+    heights = {}
+    for name, colour in (("x", (0x4C, 0x78, 0xA8)), ("y", (0xE4, 0x57, 0x2E))):
+        columns = (np.abs(pixels - colour).sum(2) == 0).sum(0)
+        steps = np.flatnonzero(np.diff(columns > 3) == 1)
+        heights[name] = [int(columns[steps[i] + 20]) for i in range(0, len(steps), 2)]
+    assert len(heights["x"]) == 2 and len(heights["y"]) == 1
+    assert heights["x"][1] / heights["x"][0] == pytest.approx(0.5, abs=0.01)
+    assert heights["y"][0] / heights["x"][0] == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["real", "empty"], "empty: no images in it"),
+        (["empty", "dm"], "empty: no images"),
+        (["real", "none"], "none: no such folder"),
+        (["none", "dm"], "none: no such folder"),
+        (["real", "few"], "few: 3 images are too few: precision and recall with -k 3 take 4"),
+        (["real", "dm", "-k", 20], "real: 20 images are too few: precision and recall with -k 20 take 21"),
+        (["real", "mixed"], "mixed: images lie both in class folders and beside them"),
+        (["real", "ladder"], "ladder: 1, 1.5, 2 is no class of"),
+        (["real", "wide"], "24x16 pixels: say with --size"),
+        (["real", "broken", "--size", 16], "002.png"),
+        (["real", "dm", "--dims", 2048], "which --dims 2048 needs: lower --dims"),
+        (["real", "dm", "--dims", 100], "--dims"),
+        (["real", "dm", "--size", 0], "--size"),
+        (["real", "dm", "--batch", "-1"], "--batch"),
+        (["real", "dm", "--crop", "x"], "--crop"),
+        (["real", "dm", "--json", "none/s.json"], "--json"),
+        (["real", "dm", "--plot", "real"], "--plot"),
+        (["real"], "GENERATED"),
+        (["real", "dm", "--weights", "real"], "real: cannot be read"),
+    ],
+)
+def test_fid_bad_input_is_one_line_and_status_2(words, message, folders, weights_64, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    assert run_fid("--dims", 64, "--weights", weights_64, *words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("fid.py: error: ") and message in lines[-1] and "Traceback" not in "".join(lines)
+    assert sum(line.startswith("fid.py") for line in lines) == 1
+
+
+def test_random_command_lines_never_end_in_a_traceback(folders, weights_64, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    rng = random.Random(0)
+    values = ["", "0", "-1", "3", "1e9", "99999999999999999999", "nan", "real", "none/x.npz", "²", "a b", "--"]
+    flags = ["--dims", "--weights", "--size", "--crop", "--order", "-k", "--batch", "--real-stats", "--json", "--plot", "--nonsense"]
+    monkeypatch.setattr(fid, "features", lambda batches, network: torch.zeros(0, 64))  # a good line is not the point here
+    for _ in range(150):
+        words = [rng.choice(["real", "gan", "none", "empty", ""]) for _ in range(rng.randint(0, 2))]
+        for _ in range(rng.randint(1, 3)):
+            words += [rng.choice(flags), rng.choice(values)]
+        with monkeypatch.context() as patch:
+            patch.setattr(odm, "load_images", lambda *_: (torch.zeros(20, 3, 8, 8, dtype=torch.uint8), torch.zeros(20).long(), ["a", "b"]))
+            assert run_fid("--weights", weights_64, "--dims", 64, *words) == 2, words
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("fid.py: error: "), (words, lines)
+
+
+def test_images_of_several_sizes_keep_their_order(tmp_path):
+    for i, size in enumerate([(8, 8), (8, 8), (6, 9), (8, 8), (6, 9)]):
+        Image.new("RGB", size, (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    batches = list(fid.read_batches(odm.list_images(tmp_path), 3))
+    assert [tuple(b.shape) for b in batches] == [(2, 3, 8, 8), (1, 3, 9, 6), (1, 3, 8, 8), (1, 3, 9, 6)]
+    assert [int(image[0, 0, 0]) for batch in batches for image in batch] == [0, 40, 80, 120, 160]
 
 
 # ---------------------------------------------------------------------------------------- speed
