@@ -13,7 +13,7 @@ Where the paper's equations are:
     Eq. 1  the forward process, x_{t-1} -> x_t     alpha_bars, q_sample (t steps in one)
     Eq. 2  one step of the backward process        ddim_sample (with eta = 1 and steps = T)
     Eq. 3  L_DM, the loss of a diffusion model     dm_loss
-    Eq. 4  the order of the noise estimates        what ordinal_loss = 0 implies
+    Eq. 4  the order of the noise estimates        ordinal_loss = 0 (or all of them are equal)
     Eq. 5  L_ordinal, the ordinal relationship     ordinal_loss
     Eq. 6  d, the distance of two noise estimates  noise_distance
     Eq. 7  three estimates on a line, in order     straightness (= 1); guided_eps (severity 1.5)
@@ -22,6 +22,7 @@ Where the paper's equations are:
 and its symbols: x_0 a clean image in [-1, 1], x_t the same after t of T noising steps, eps the noise
 in it, eps_hat the network's estimate eps_theta(x_t, t, c), c a class, p < q < r three classes in
 ascending severity, K the number of classes seen together in one "ladder" (3 in the paper's loss).
+Classes are counted from 0: the paper's class c has index c - 1. Index C is the null class of guidance.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -83,7 +86,7 @@ class Config:
     order: str = setting("", "class names in ascending severity, A,B,C (where names carry no number)")
     flip: bool = setting(True, "random horizontal flips (Ho et al.)")
     # forward process
-    timesteps: int = setting(1000, "T, steps of the forward process (paper)", low=1)
+    timesteps: int = setting(1000, "T, steps of the forward process (paper)", low=1, high=100_000)
     beta_1: float = setting(1e-4, "noise schedule at t = 1 (paper)", low=1e-8, high=0.999)
     beta_T: float = setting(0.02, "noise schedule at t = T (paper)", low=1e-8, high=0.999)
     # losses
@@ -159,9 +162,10 @@ def dm_loss(eps: Tensor, eps_hat: Tensor) -> Tensor:
 def noise_distance(a: Tensor, b: Tensor, distance: str = "euclidean") -> Tensor:
     """d(a, b) of Eq. 6 between noise estimates: (G, ...) and (G, ...) -> (G,).
 
-    `euclidean` is the root mean square of a - b, `squared` its mean square, the form printed in Eq. 6.
-    Means over the D entries in place of sums divide Eq. 8 by D as a whole (euclidean), so that the
-    balance of its terms is the paper's at any image size.
+    `euclidean` is the root mean square of a - b, `squared` its mean square, the norm printed in Eq. 6.
+    Means over the D entries in place of sums divide Eq. 8 by D as a whole (euclidean): the balance of
+    its terms is the same at any image size. For `squared` they divide L_ordinal by D^2 but L_DM by D: the
+    balance as printed needs --ordinal D (12,288 at 64x64).
     """
     difference = (a - b).flatten(1)
     if distance == "squared":
@@ -202,10 +206,10 @@ def ordinal_loss(eps_hat: Tensor, distance: str = "euclidean", severity: Tensor 
 
 
 def straightness(eps_hat: Tensor) -> Tensor:
-    """d(p,r) / (d(p,q) + d(q,r)), Euclidean, the mean over triplets: (G, K, ...) -> (G,) in (0, 1].
+    """d(p,r) / (d(p,q) + d(q,r)), Euclidean, the mean over triplets: (G, K, ...) -> (G,) in [0, 1].
 
-    1 exactly when Eq. 7 holds; 0.5 for an equilateral triangle. Estimates that coincide count as 1, so
-    read it beside the gap d(first, last): a network that ignores the class is straight too.
+    1 when the estimates lie on a line in order (Eq. 7); 0.5 for an equilateral triangle. Estimates that coincide
+    count as 1, so read it beside the gap d(first, last): a network that ignores the class is straight too.
     """
     d = ladder_distances(eps_hat, "euclidean")
     ratios = []
@@ -216,7 +220,7 @@ def straightness(eps_hat: Tensor) -> Tensor:
 
 
 def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_bar: Tensor, config: Config):
-    """L_total = L_DM + W lambda_t L_ordinal of Eq. 8, lambda_t = t / T: scalars (total, L_DM, ordinal part).
+    """L_total = L_DM + W lambda_t L_ordinal of Eq. 8, lambda_t = t / T: scalars (L_total, L_DM, lambda_t L_ordinal).
 
     One forward pass serves both losses. Its first B rows are the B noised images, each under its own
     label: L_DM reads those. The rows of `batch.ladder` (G, K) form the ladders that L_ordinal reads.
@@ -226,7 +230,7 @@ def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_ba
     dm = (batch.weight * dm_loss(eps, eps_hat[: len(eps)])).sum()
     if not len(batch.ladder):
         return dm, dm, torch.zeros_like(dm)
-    lambda_t = batch.t[batch.image[batch.ladder[:, 0]]] / config.timesteps
+    lambda_t = batch.t[batch.image[batch.ladder[:, 0]]] / config.timesteps  # (G,): a ladder has one t
     severity = batch.severity if config.spacing else None
     ordinal = ordinal_loss(eps_hat[batch.ladder], config.distance, severity)
     ordinal = (batch.ladder_weight * lambda_t * ordinal).sum()
@@ -265,27 +269,28 @@ def ddim_sample(eps_fn: Callable, x_T: Tensor, alpha_bar: Tensor, steps: int, et
     """Draw x_0 from x_T by DDIM (Song et al. 2021, Eq. 12): (B, ...) -> (B, ...).
 
     eps_fn(x_t, t) estimates the noise, t: (B,) long. `steps` of 1..T, evenly spaced, the first at t = T,
-    the last landing at t = 0 where alpha_bar = 1. eta = 0 is deterministic; eta = 1 with steps = T is
-    ancestral sampling: Eq. 2, with the variance of the posterior for sigma_t^2. `clip` keeps the
-    estimate of x_0 in [-1, 1]. noise(x) draws z of Eq. 2 (used where eta > 0).
+    the last landing at t = 0 where alpha_bar = 1. eta = 0 is deterministic. eta = 1, steps = T and
+    clip = False is Eq. 2, with beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), the variance of the posterior, for
+    sigma_t^2 (the paper: beta_t), and with sqrt(1 - alpha_bar_t) in the denominator, where the paper prints
+    sqrt(1 - alpha_t). `clip` keeps the estimate of x_0 in [-1, 1]. noise(x) draws z, where eta > 0.
     """
     times = torch.linspace(len(alpha_bar) - 1, 0, steps + 1).round().long().tolist()
     x = x_T
-    for t, s in zip(times[:-1], times[1:]):  # from x_t to x_s, s < t
-        a_t, a_s = alpha_bar[t].item(), alpha_bar[s].item()
+    for t, u in zip(times[:-1], times[1:]):  # from x_t to x_u, u < t
+        abar_t, abar_u = alpha_bar[t].item(), alpha_bar[u].item()
         eps = eps_fn(x, torch.full((len(x),), t, device=x.device))
-        x_0 = (x - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)
+        x_0 = (x - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
         if clip:
             x_0 = x_0.clamp(-1, 1)
-            eps = (x - math.sqrt(a_t) * x_0) / math.sqrt(1 - a_t)
-        sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
-        x = math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s - sigma**2) * eps
+            eps = (x - math.sqrt(abar_t) * x_0) / math.sqrt(1 - abar_t)
+        sigma = eta * math.sqrt((1 - abar_u) / (1 - abar_t) * (1 - abar_t / abar_u))
+        x = math.sqrt(abar_u) * x_0 + math.sqrt(1 - abar_u - sigma**2) * eps
         if sigma > 0:
             x = x + sigma * noise(x)
     return x
 
 
-# ------------------------------------------------------ U-Net of Ho et al. (2020), as published
+# ----------------------------- U-Net of Ho et al. (2020), as published, with a class embedding
 
 
 def glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:
@@ -303,7 +308,7 @@ def norm(channels: int, groups: int) -> nn.Module:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-NEARLY_ZERO = 1e-5  # gain of each residual branch's last layer: at first a block is the identity
+NEARLY_ZERO = 1e-5  # gain of each residual branch's last layer (Ho et al.: variance scale 1e-10): at first a block is the identity
 
 
 def time_embedding(t: Tensor, ch: int) -> Tensor:
@@ -328,7 +333,7 @@ class Dropout(nn.Module):
     def forward(self, h: Tensor, image: Tensor | None) -> Tensor:
         if not self.training or self.p == 0:
             return h
-        keep = torch.rand_like(h) >= self.p
+        keep = torch.rand(h.shape, device=h.device) >= self.p
         return h * (keep if image is None else keep[image]) / (1 - self.p)
 
 
@@ -395,7 +400,7 @@ class UNet(nn.Module):
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
         ch, c_emb, side = config.ch, 4 * config.ch, config.size
-        groups = math.gcd(32, ch // 4)  # 32 at ch = 128, as published; fewer where the network is narrow
+        groups = math.gcd(32, ch // 4)  # 32 at ch = 128, as published; a narrower network keeps 4 channels a group
 
         def block(c_in: int, c_out: int, attention: bool) -> Block:
             return Block(c_in, c_out, c_emb, groups, config.dropout, attention)
@@ -449,6 +454,7 @@ class UNet(nn.Module):
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own, the same for every format
 
 
 def list_images(root: str | Path) -> list[Path]:
@@ -463,23 +469,21 @@ def list_images(root: str | Path) -> list[Path]:
 def read_image(path: str | Path) -> Image.Image:
     """An image file as RGB: turned upright (EXIF), alpha on black, 16 bits scaled to 8, first frame."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16-bit grey; converting to RGB would clip it
-                    image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-                elif image.mode == "F":
-                    raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-                return image.convert("RGB")
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+            sixteen_bits = image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG"
+            if image.mode in ("I", "F") and not sixteen_bits:
+                raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16")
+            image = ImageOps.exif_transpose(image)
+            if sixteen_bits:  # converting to RGB would clip it
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not readable as an image ({reason}); repair or remove it") from None
+        raise UserError(f"{path}: not readable as an image ({first_line(error)}); repair or remove it") from None
 
 
 def to_square(image: Image.Image, size: int, crop: int) -> np.ndarray:
@@ -490,9 +494,12 @@ def to_square(image: Image.Image, size: int, crop: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
+NUMBER = r"\d+(?:\.\d+)?"
+
+
 def number_in(name: str) -> float | None:
     """The number in a class name ("Mayo 2" -> 2); None where there is none, or more than one."""
-    numbers = re.findall(r"\d+(?:\.\d+)?", name)
+    numbers = re.findall(NUMBER, name)
     return float(numbers[0]) if len(numbers) == 1 else None
 
 
@@ -523,39 +530,56 @@ def rank_classes(found: set[str], order: str = "") -> dict[str, float]:
 
 
 def labels_from_csv(root: Path, paths: list[Path]) -> tuple[list[tuple[Path, str]], list[str]] | None:
-    """(path, class) from a CSV with columns image, level, as EyePACS has; None where there is no such file."""
+    """(path, class) from all CSV files with columns image, level, as EyePACS has; None where there is no such file."""
+    level_of, files = {}, []
     for file in sorted(root.rglob("*.csv")):
-        with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
-            rows = csv.reader(stream)
-            header = [column.strip().lower() for column in next(rows, [])]
-            if not {"image", "level"} <= set(header):
-                continue
-            image, level = header.index("image"), header.index("level")
-            wanted = {Path(r[image].strip()).stem if Path(r[image].strip()).suffix.lower() in SUFFIXES else r[image].strip():
-                      r[level].strip() for r in rows if len(r) > max(image, level)}
-        by_stem = {path.stem: path for path in reversed(paths)}
-        pairs = [(by_stem[stem], name) for stem, name in wanted.items() if stem in by_stem]
-        notes = [f"{file.name} lists {len(wanted):,} images"]
-        if missing := len(wanted) - len(pairs):
-            notes.append(f"{missing:,} of them are missing")
-        if others := len(paths) - len(pairs):
-            notes.append(f"{others:,} other images passed over")
-        return pairs, notes
-    return None
+        try:
+            with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
+                rows = list(csv.reader(stream))
+        except (OSError, csv.Error):  # a folder of that name, or no table
+            continue
+        header = [column.strip().lower() for column in rows[0]] if rows else []
+        if {"image", "level"} <= set(header):
+            files.append(file.name)
+            for row in rows[1:]:
+                if len(row) == len(header):
+                    image, level = (row[header.index(column)].strip() for column in ("image", "level"))
+                    stem = Path(image).stem if Path(image).suffix.lower() in SUFFIXES else image
+                    if level_of.setdefault(stem, level) != level:
+                        raise UserError(f"{file}: gives {image} the level {level}, and {level_of[stem]} elsewhere; remove one of the two")
+    if not files:
+        return None
+    path_of = {path.stem: path for path in reversed(paths)}
+    pairs = [(path_of[stem], level) for stem, level in level_of.items() if stem in path_of]
+    if not pairs:
+        raise UserError(f"{root}: none of the {len(level_of):,} images that {files[0]} lists is there")
+    notes = [f"{' and '.join(files)} lists {len(level_of):,} images, {len(level_of) - len(pairs):,} of them are missing"]
+    if len(paths) > len(pairs):
+        notes.append(f"{len(paths) - len(pairs):,} other images passed over")
+    return pairs, notes
 
 
 def labels_from_folders(root: Path, paths: list[Path], order: str) -> tuple[list[tuple[Path, str]], list[str]]:
-    """(path, class) by parent folder. In a stray subfolder of a class folder, the class folder counts."""
-    holders = {path.parent for path in paths}
-    named = {name.strip() for name in order.split(",")}
+    """(path, class) by parent folder; in a stray subfolder of a class folder, by the class folder.
+
+    Of the folders above an image those count whose name has a number (or is in --order), and of those the
+    kind that most images lie directly in: "Mayo #", not "New folder (#)" inside it or the patient's number above it.
+    """
+    named = {name.strip() for name in order.split(",")} - {""}
+
+    def kind(folder: Path) -> str | None:
+        if named:
+            return "named" if folder.name in named else None
+        return re.sub(NUMBER, "#", folder.name) if number_in(folder.name) is not None else None
+
+    images_in = Counter(kind(path.parent) for path in paths)
     pairs, first, loose, copies = [], {}, 0, 0
     for path in paths:
-        chain = [p for p in path.parents if root in p.parents]  # nearest first, root left out
-        if not chain:
+        above = [folder for folder in path.parents if root in folder.parents]  # nearest first
+        if not above:
             loose += 1
             continue
-        chain = chain[max(i for i, p in enumerate(chain) if p in holders):]  # from the outermost holder of images
-        folder = next((p for p in chain if p.name in named or number_in(p.name) is not None), chain[0])
+        folder = max((f for f in above if kind(f)), key=lambda f: images_in[kind(f)], default=above[0])
         twin = first.setdefault((folder.name, path.name), path)
         if twin is not path and filecmp.cmp(twin, path, shallow=False):
             copies += 1
@@ -606,7 +630,8 @@ def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = ""
             return error
 
     say("; ".join([f"{root}: " + ", ".join(f"{name} {labels.count(i):,}" for i, name in enumerate(names)), *notes]))
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on odd metadata
         loaded = list(pool.map(load, paths))
     if errors := [item for item in loaded if isinstance(item, UserError)]:
         raise UserError(str(errors[0]) + (f" (and {len(errors) - 1} more such files)" if len(errors) > 1 else ""))
@@ -672,7 +697,7 @@ class Batches:
 
     def draw(self, step: int) -> Batch:
         config, C, K = self.config, len(self.severities), self.K
-        rng = torch.Generator().manual_seed(seed_of(config.seed, step))
+        rng = torch.Generator().manual_seed(seed_of("batch", config.seed, step))
         B = config.batch
         if config.balance == "uniform":
             index = self.pick(torch.randint(C, (B,), generator=rng), rng)
@@ -696,9 +721,9 @@ class Batches:
             if config.balance == "data":  # classes were drawn evenly: weight them back to their frequency
                 weight[: G * K] *= C * self.count[classes.flatten()] / len(self.labels)
         elif config.ordinal > 0 and C >= 3:
-            # One image under its own label, in the rows of L_DM, and under K - 1 others, in extra rows.
+            # One image under its own label, in the rows of L_DM, and under K - 1 others, evenly drawn, in extra rows.
             shown = ((torch.arange(B) + 1) * config.ladder_part).long() > (torch.arange(B) * config.ladder_part).long()
-            shown = shown.nonzero().flatten()  # evenly spread over the batch
+            shown = shown.nonzero().flatten()  # spread evenly, so that every process gets its share
             G, own = len(shown), self.labels[index[shown]][:, None]
             key = torch.rand(G, C, generator=rng).scatter(1, own, -1.0)  # its own class comes first
             classes = key.argsort(1)[:, :K].sort(1).values
@@ -713,9 +738,9 @@ class Batches:
         return Batch(index, flip, noise, t, weight, image, label, ladder, whole / whole.sum().clamp(min=1), self.severities[classes])
 
 
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers; near numbers give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def seed_of(purpose: str, *numbers: int) -> int:
+    """One seed from a purpose and numbers: different keys give unrelated seeds."""
+    return int.from_bytes(hashlib.sha256(repr((purpose, *numbers)).encode()).digest()[:8], "big") >> 1
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -759,9 +784,9 @@ def training_step(net: Network, ema: UNet, optimizer, images: Tensor, batch: Bat
     """One step of Adam on Eq. 8, on the `rank`-th part of a batch. Returns (4,): L_total, L_DM, ordinal part, gradient norm."""
     x_0 = to_unit(images[batch.index]).to(memory_format=torch.channels_last)
     x_0 = torch.where(batch.flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
-    torch.manual_seed(seed_of(config.seed, step, 1))  # eps of the whole batch: a function of (seed, step)
+    torch.manual_seed(seed_of("eps", config.seed, step))  # drawn whole in every process: the same eps for any number of them
     eps = torch.randn(config.batch, *x_0.shape[1:], device=x_0.device)[batch.noise]
-    torch.manual_seed(seed_of(config.seed, step, 2, rank))  # the dropout masks
+    torch.manual_seed(seed_of("dropout", config.seed, step, rank))
     losses = total_loss(net, x_0, eps, batch, alpha_bar, config)
     optimizer.zero_grad()
     losses[0].backward()
@@ -793,13 +818,19 @@ def train(config: Config) -> Path:
     if config.ordinal > 0 and len(names) < 3:
         say("two classes only: no triplet p < q < r, so the ordinal loss is off and this is the plain diffusion model")
 
-    torch.manual_seed(seed_of(config.seed))
+    torch.manual_seed(seed_of("weights", config.seed))
     model = UNet(config, len(names)).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     n_parameters = sum(p.numel() for p in model.parameters())
-    held = claim(out, 16 * n_parameters) if rank == 0 else None  # kept open: it is the lock
+    space = 16 * n_parameters  # 4 bytes each for the weights, their average and Adam's two moments
+    held = claim(out, space) if rank == 0 else None  # kept open: it is the lock
     step = resume(out / "checkpoint.pt", config, classes, model, ema, optimizer)
+    if world > 1:
+        least = torch.tensor(step, device=device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        if step != least:
+            raise UserError(f"{out}: one process finds step {step:,} there, another {int(least):,}; it must be one folder, seen by all")
     if step >= config.steps:
         say(f"{out}: trained to step {step:,} already; a higher --steps goes on")
         return out
@@ -809,32 +840,33 @@ def train(config: Config) -> Path:
 
     images, alpha_bar = images.to(device), alpha_bars(config).to(device)
     batches, net = Batches(config, labels, classes.severities), Network(model, config, device)
+    if config.ordinal > 0 and len(names) >= 3 and not len(batches.draw(0).ladder):
+        raise UserError(f"--batch {config.batch}: has no room for a ladder of {batches.K} {config.ladder}; raise it (or --ladder-part), or pass --ordinal 0")
     model.train()
     with StopSignals() as stop:
-        while step < config.steps and not stop.agreed(step, device, world):
+        done = False
+        while not done:
             batch = batches.draw(step).part(rank, world).to(device)
             losses = training_step(net, ema, optimizer, images, batch, alpha_bar, config, step, rank, world)
             step += 1
+            done = step == config.steps or stop.agreed(step, device, world)
             if rank > 0:
                 continue
 
             # Only the first process gets here: measuring, saving, drawing.
             log.add(step, losses)
-            last = step == config.steps
-            if last or step % config.log_every == 0:
+            if step % config.log_every == 0 or step == config.steps:
                 log.measured(*measure_ladder(ema, images, alpha_bar))
-            if last or step % config.save_every == 0:
+            if step % config.save_every == 0 or done:
                 log.flush()  # before saving: it refuses losses that are not finite
                 save_checkpoint(out / "checkpoint.pt", config, classes, model, ema, optimizer, step)
-            if last or config.sheet_every and step % config.sheet_every == 0:
+            if config.sheet_every and step % config.sheet_every == 0 or step == config.steps:
                 sheet = out / "sheets" / f"{step:06d}.png"
                 draw_sheet(Network(ema, replace(config, compile="off"), device), classes, config, sheet)
                 shutil.copyfile(sheet, out / "sheet.png")
+        wait_for_all(world)  # until the first process has saved
     if step < config.steps:
-        if rank == 0:
-            log.flush()
-            save_checkpoint(out / "checkpoint.pt", config, classes, model, ema, optimizer, step)
-            say(f"{out}: stopped and saved at step {step:,}; the same command goes on from there")
+        say(f"{out}: stopped and saved at step {step:,}; the same command goes on from there")
         raise Stopped(stop.number)
     say(f"{out}: trained to step {step:,}; {out / 'sheet.png'} shows samples")
     return out
@@ -846,8 +878,7 @@ class Log:
     COLUMNS = ("step", "loss", "dm", "ordinal", "grad_norm", "straightness", "gap")
 
     def __init__(self, path: Path, step: int, config: Config):
-        self.path, self.config, self.step, self.saved = path, config, step, step
-        self.pending, self.shown, self.shown_at, self.begun = [], "", 0.0, (time.monotonic(), step)
+        self.path, self.config, self.step, self.pending, self.begun = path, config, step, [], (time.monotonic(), step)
         rows = [self.COLUMNS]
         if step and path.exists():  # rows that an interrupted run wrote after its last checkpoint go
             with open(path, newline="") as file:
@@ -864,8 +895,8 @@ class Log:
         mean = self.flush()
         rate = (self.step - self.begun[1]) / (time.monotonic() - self.begun[0])
         left = (self.config.steps - self.step) / rate / 60
-        progress(f"step {self.step:,}/{self.config.steps:,}  L_DM {mean[1]:.4f}  lambda_t L_ordinal {mean[2]:.6f}  straightness {straight:.3f}  "
-                 f"gap {gap:.4f}  {rate * self.config.batch:.1f} images/s  {left:.1f} min left", last=self.step == self.config.steps)
+        say(f"step {self.step:,}/{self.config.steps:,}  L_DM {mean[1]:.4f}  lambda_t L_ordinal {mean[2]:.6f}  straightness {straight:.3f}  "
+            f"gap {gap:.4f}  {rate * self.config.batch:.1f} images/s  {left:.1f} min left", over=self.step < self.config.steps)
 
     def flush(self) -> np.ndarray:
         """Write the pending rows and return their mean; losses that are not finite end the run before it is saved."""
@@ -902,7 +933,7 @@ class Network:
                 say(f"torch.compile does not work here ({type(error).__name__}); going on without")
         if config.precision == "auto":
             native = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-            fast = native.get("amx_bf16") or native.get("avx512_bf16") or device.type == "cuda" and torch.cuda.is_bf16_supported()
+            fast = native.get("amx_bf16") or native.get("avx512_bf16") or device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bfloat16 = bool(fast) if config.precision == "auto" else config.precision == "bfloat16"
 
     def __call__(self, *args) -> Tensor:
@@ -925,7 +956,7 @@ def start(name: str) -> tuple[torch.device, int, int]:
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return device, rank, world
 
 
@@ -947,10 +978,10 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Notes Ctrl-C and SIGTERM (clusters send it), so that the loop can save first. A second one ends at once."""
+    """Notes Ctrl-C and SIGTERM (clusters send it), so that the loop can save first. Another one, later, ends at once."""
 
     def __init__(self):
-        self.number = 0
+        self.number, self.at = 0, 0.0
 
     def __enter__(self) -> StopSignals:
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -961,12 +992,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number, frame) -> None:
-        if self.number:
+        if self.number and time.monotonic() - self.at > 2:  # launchers send one stop twice
             raise Stopped(number)
-        self.number = number
+        self.number, self.at = number, time.monotonic()
 
     def agreed(self, step: int, device: torch.device, world: int) -> bool:
-        """Whether to stop before this step. Several processes agree on it, every tenth step, as asking costs time."""
+        """Whether to stop after this step. Several processes agree on it, every tenth step, as asking costs time."""
         if world > 1:
             if step % 10:
                 return False
@@ -976,22 +1007,23 @@ class StopSignals:
         return self.number > 0
 
 
-def say(line: str) -> None:
-    """Print a line, from the first process alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(line, flush=True)
+def say(line: str, over: bool = False) -> None:
+    """Print a line, from the first process alone.
+
+    over: a line of progress. On a terminal the next one replaces it; elsewhere one in 20 seconds is shown.
+    """
+    if int(os.environ.get("RANK", 0)) > 0 or over and not sys.stdout.isatty() and time.monotonic() - say.at < 20:
+        return
+    if over and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        line, end = "\r" + line[:width].ljust(width), ""
+    else:
+        line, end = "\n" * say.open + line, "\n"
+    print(line, end=end, flush=True)
+    say.open, say.at = not end, time.monotonic() if over else say.at
 
 
-def progress(line: str, last: bool) -> None:
-    """On a terminal a line that is rewritten in place; elsewhere a line at most every 20 seconds, and the last."""
-    if sys.stdout.isatty():
-        print("\r" + line.ljust(shutil.get_terminal_size().columns - 1), end="\n" if last else "", flush=True)
-    elif last or time.monotonic() - progress.at > 20:
-        progress.at = time.monotonic()
-        say(line)
-
-
-progress.at = -math.inf
+say.open, say.at = False, -math.inf  # is a line of progress on the screen; when the last one was printed
 
 
 # --------------------------------------------------------------------- checkpoints and files
@@ -1021,6 +1053,7 @@ def check_config(config: Config) -> None:
         (levels and config.size % 2 ** (levels - 1), f"--size {config.size}: must be a multiple of 2^{levels - 1}, as --ch-mult names {levels} resolutions"),
         (config.ch % 4, f"--ch {config.ch}: must be a multiple of 4"),
         (config.beta_T < config.beta_1, f"--beta-T {config.beta_T}: must be at least --beta-1 ({config.beta_1})"),
+        (alpha_bars(config)[-1] < 1e-30, f"--beta-T {config.beta_T}: leaves nothing of the image long before t = T; lower it"),
         (config.sample_steps > config.timesteps, f"--sample-steps {config.sample_steps}: must be at most --timesteps ({config.timesteps})"),
         (config.rungs in (1, 2), f"--rungs {config.rungs}: a ladder takes 3 classes or more, or 0 for all"),
         (config.ladder == "images" and config.batch < rungs, f"--batch {config.batch}: must hold a ladder of {rungs} images"),
@@ -1074,8 +1107,10 @@ def claim(out: Path, space: int = 0):
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise UserError(f"{out}: another process is writing there; wait for it, or choose another --out") from None
+    except OSError:
+        say(f"{out}: its file system has no locks; see that nothing else writes there")
     return lock
 
 
@@ -1144,9 +1179,9 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
 def draw_images(net: Callable, severity: Sequence[float], keys: Sequence[tuple], config: Config, device: torch.device | str = "cpu") -> Tensor:
     """Images of the severities (class indices 0..C-1, fractions between): (B, 3, size, size) uint8 on the CPU.
 
-    All noise of image i comes from keys[i] alone, so it is the same image in any batch.
+    All noise of row i comes from keys[i] alone, so it is the same image in any batch.
     """
-    rngs = [torch.Generator().manual_seed(seed_of(*key)) for key in keys]
+    rngs = [torch.Generator().manual_seed(seed_of("sample", *key)) for key in keys]
     severity = torch.tensor(severity)
 
     def noise(x: Tensor | None = None) -> Tensor:
@@ -1225,7 +1260,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     """Draw images into OUT/<class>/<i>.png and OUT/sheet.png; what is there already is kept. Returns OUT.
 
     severity: see parse_severities. n images in all, the classes at their training frequencies (fractions
-    evenly), or `each` of every severity. Image i of a class depends on (seed, class, i) alone; in a ladder
+    evenly), or `each` of every severity. Image i of a class depends on (seed, class, i) alone; in a series
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
     """
@@ -1239,7 +1274,9 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     for name, value in (("-n", n), ("--each", each), ("--batch", batch), ("--seed", seed)):
         if not 0 <= value < 2**63:
             raise UserError(f"{name} {value}: must be at least 0 and below 2^63")
-    targets = parse_severities(severity, classes)
+    targets, series = parse_severities(severity, classes), ":" in severity
+    if n and each:
+        raise UserError("-n is the number of all images, --each that of each severity: give one of them")
     if n:
         counts = shares(n, [classes.counts[int(i)] if all(j.is_integer() for _, j in targets) else 1 for _, i in targets])
     else:
@@ -1248,15 +1285,19 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     model = UNet(config, len(classes.names))
     load_weights(model, state["ema"], path)
     net = Network(model.to(device, memory_format=torch.channels_last).eval(), config, device)
-    out = Path(out) if out else Path("samples") / (path.parent.name if path.name == "checkpoint.pt" else path.stem)
+    name = path.parent.name if path.name == "checkpoint.pt" else path.stem
+    out = Path(out) if out else Path("samples") / (name + "-series" * series)
     if rank == 0:
         held = claim(out)  # kept open: it is the lock
-        note_settings(out, dict(checkpoint=digest(path), seed=seed, sample_steps=config.sample_steps, guidance=config.guidance, eta=config.eta))
+        note_settings(out, dict(checkpoint=hashlib.sha256(path.read_bytes()).hexdigest(), seed=seed, series=series, sample_steps=config.sample_steps, guidance=config.guidance, eta=config.eta))
         for name, _ in targets:
-            (out / name).mkdir(exist_ok=True)
+            try:
+                (out / name).mkdir(exist_ok=True)
+            except OSError as error:
+                raise cannot_write(out / name, error) from None
     wait_for_all(world)
 
-    jobs = [(out / name / f"{i:05d}.png", index, (seed, i) if ":" in severity else (seed, i, 1 + round(index * 1_000_000)))
+    jobs = [(out / name / f"{i:05d}.png", index, (seed, i) if series else (seed, i, round(index, 6)))
             for (name, index), count in zip(targets, counts) for i in range(count)]
     batch = batch or (16 if device.type == "cpu" else 256)
     # Batches are laid out over all jobs, whole and of one size: an image is drawn in the same company whatever is missing.
@@ -1271,8 +1312,8 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
                 for future in writing:
                     future.result()
                 writing = [pool.submit(save_image, file, image) for (file, *_), image in zip(chunk, images) if file in missing]
-            progress(f"{min(done * batch * world, len(jobs)):,}/{len(jobs):,} images  {done * batch * world / (time.monotonic() - begun):.1f} images/s",
-                     last=done == len(chunks))
+            say(f"{min(done * batch * world, len(jobs)):,}/{len(jobs):,} images  {done * batch * world / (time.monotonic() - begun):.1f} images/s",
+                over=done < len(chunks))
         for future in writing:
             future.result()
     wait_for_all(world)
@@ -1300,15 +1341,6 @@ def sheet_of(jobs: list, targets: list, counts: list[int], size: int, most: int 
         for i, file in enumerate(column):
             sheet[i, j] = read_image(file)
     return torch.from_numpy(sheet).permute(0, 1, 4, 2, 3), titles
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def note_settings(out: Path, settings: dict) -> None:
@@ -1365,11 +1397,11 @@ def parser() -> Parser:
     s = commands.add_parser("sample", help="draw images from a checkpoint", allow_abbrev=False,
                             description="Draw images into OUT/<class>/<i>.png and OUT/sheet.png. What is there already is kept.")
     s.add_argument("--class", dest="severity", default="all", metavar="CLASS",
-                   help='3, "Mayo 3", 1.5 (between two classes), 0:3:0.25 (a ladder) or all [all]')
+                   help='3, "Mayo 3", 1.5 (between two classes), 0:3:0.25 (a series, each row from one noise) or all [all]')
     s.add_argument("--checkpoint", default="", metavar="FILE", help="a checkpoint or the folder of a run [the newest in runs/, else data/demo.pt]")
     s.add_argument("-n", type=int, default=0, metavar="N", help="images in all, classes at their training frequencies")
     s.add_argument("--each", type=int, default=0, metavar="N", help="images of each severity [16 for one severity, else 8]")
-    s.add_argument("--out", default="", metavar="DIR", help="[samples/NAME, after the run]")
+    s.add_argument("--out", default="", metavar="DIR", help="[samples/NAME, after the run; samples/NAME-series for a series]")
     s.add_argument("--seed", type=int, default=0, metavar="N", help="image i of a class depends on (seed, class, i) alone [0]")
     s.add_argument("--batch", type=int, default=0, metavar="N", help="images drawn together [16 on a CPU, else 256]")
     s.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, ... [auto]")

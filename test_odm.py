@@ -616,16 +616,27 @@ def test_limuc_both_layouts_side_by_side(tmp_path):
     stray = tmp_path / "test_set" / "Mayo 1" / "New folder (2)"
     bmp(stray / "UC_patient_99_1.bmp", 99)
     bmp(tmp_path / "patient_based_classified_images" / "7" / "Mayo 2" / "copy" / "UC_patient_98_1.bmp", 98)
+    bmp(tmp_path / "patient_based_classified_images" / "2" / "Mayo 0" / "Mayo 0" / "UC_patient_97_1.bmp", 97)
     (tmp_path / "test_set" / "Mayo 0" / "Thumbs.db").write_bytes(b"x")
     (tmp_path / "test_set" / "Mayo 0" / ".DS_Store").write_bytes(b"x")
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / "__MACOSX" / "._UC_patient_1_1.bmp").write_bytes(b"x")
     images, labels, names = odm.load_images(tmp_path, 64, say=said.append)
     assert names == ["Mayo 0", "Mayo 1", "Mayo 2", "Mayo 3"]
-    assert labels.bincount().tolist() == [6, 4, 3, 1] and images.shape == (14, 3, 64, 64) and images.dtype == torch.uint8
+    assert labels.bincount().tolist() == [7, 4, 3, 1] and images.shape == (15, 3, 64, 64) and images.dtype == torch.uint8
     assert "12 files that are there twice" in said[0]
     images, labels, names = odm.load_images(tmp_path / "patient_based_classified_images", 32)
-    assert labels.bincount().tolist() == [6, 3, 3, 1]
+    assert labels.bincount().tolist() == [7, 3, 3, 1]
+
+
+def test_an_image_above_the_class_folders_does_not_change_their_classes(tmp_path):
+    for grade in range(3):
+        bmp(tmp_path / "12" / f"Mayo {grade}" / "1.bmp", grade, (8, 8))
+    bmp(tmp_path / "12" / "overview.bmp", 9, (8, 8))  # its only folder is the patient's: shown as a class of its own
+    assert odm.load_images(tmp_path, 8)[2] == ["Mayo 0", "Mayo 1", "Mayo 2", "12"]
+    numbers = write_images(tmp_path / "numbers", {"1/0": 2, "1/1": 1, "2/0": 1, "2/2": 1})  # patient/grade
+    images, labels, names = odm.load_images(numbers, 8)
+    assert names == ["0", "1", "2"] and labels.bincount().tolist() == [3, 1, 1]
 
 
 def test_equal_names_with_different_content_are_different_images(tmp_path):
@@ -660,7 +671,19 @@ def test_eyepacs(tmp_path, capsys):
     images, labels, names = odm.load_images(tmp_path, 16, say=said.append)
     assert names == ["0", "1", "2", "3", "4"] and labels.bincount().tolist() == [2, 1, 1, 1, 1]
     assert abs(int(images[2, 0].float().mean()) - 20) <= 2 and labels[2] == 4  # 13_left
-    assert "lists 7 images" in said[0] and "1 of them are missing" in said[0] and "1 other images passed over" in said[0]
+    assert "lists 7 images, 1 of them are missing" in said[0] and "1 other images passed over" in said[0]
+    (tmp_path / "a second.csv").write_text("image,level,Usage\nunlisted,3,Public\n")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "junk.csv").write_text('"' + "x" * 200_000)
+    assert odm.load_images(tmp_path, 16)[1].bincount().tolist() == [2, 1, 1, 2, 1]  # both tables count
+    (tmp_path / "a third.csv").write_text("image,level\n10_left,1\n")
+    with pytest.raises(odm.UserError, match="10_left"):
+        odm.load_images(tmp_path, 16)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "labels.csv").write_text("image,level\na,1\n")
+    Image.new("RGB", (4, 4)).save(tmp_path / "none" / "b.png")
+    with pytest.raises(odm.UserError, match="none of the 1 images"):
+        odm.load_images(tmp_path / "none", 16)
 
 
 def test_names_without_numbers_ask_for_their_order(tmp_path, capsys):
@@ -705,6 +728,9 @@ def test_pixels_are_read_right(tmp_path):
     assert upright.size == (2, 4) and upright.getpixel((1, 0)) == (255, 0, 0)
     Image.new("RGB", (2, 2), "red").save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (2, 2), "blue")])
     assert pixel("moving.gif") == (255, 0, 0)
+    Image.fromarray(np.full((2, 2), 1.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(odm.UserError, match="float.tif.*32 bits"):
+        odm.read_image(tmp_path / "float.tif")
     Image.new("L", (2, 2), 77).save(tmp_path / "grey.png")
     assert pixel("grey.png") == (77, 77, 77)
     Image.new("1", (2, 2), 1).save(tmp_path / "bits.png")
@@ -730,6 +756,20 @@ def test_sample_folders_and_sheet(run, tmp_path):
     ladder = odm.sample(run, "0:3:0.5", each=2, out=tmp_path / "ladder")
     assert sorted(p.name for p in ladder.iterdir() if p.is_dir()) == ["0.5", "1.5", "2.5", "Mayo 0", "Mayo 1", "Mayo 2", "Mayo 3"]
     assert Image.open(ladder / "sheet.png").size == (7 * 132 + 4, 2 * 132 + 4 + 24)
+
+
+def test_seeds_of_different_purposes_and_numbers_differ():
+    keys = [("a",), ("a", 0), ("a", 0, 0), ("b", 0), ("a", 1), ("a", 2**32), ("a", 0, 1), ("a", 2**32, 5), ("a", 1, 5)]
+    assert len({odm.seed_of(*key) for key in keys}) == len(keys) and all(0 <= odm.seed_of(*key) < 2**63 for key in keys)
+
+
+def test_a_series_and_the_images_of_a_class_are_kept_apart(run, tmp_path):
+    odm.sample(run, "3", n=1, out=tmp_path / "o")
+    with pytest.raises(odm.UserError, match="series"):
+        odm.sample(run, "0:3:1", each=1, out=tmp_path / "o")
+    series = odm.sample(run, "0:3:1.5", each=1, out=tmp_path / "s")
+    alone = odm.sample(run, "0:3:3", each=1, out=tmp_path / "t")
+    assert (series / "Mayo 3" / "00000.png").read_bytes() == (alone / "Mayo 3" / "00000.png").read_bytes()
 
 
 def test_image_i_depends_on_seed_class_and_i_alone(run, tmp_path):
@@ -801,6 +841,9 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
         "--device": ["train", "--data", graded, "--device", "abacus"],
         "--sample-steps 51": ["sample", "--checkpoint", run, "--sample-steps", "51"],
         "--eta 2": ["sample", "--checkpoint", run, "--eta", "2"],
+        "give one of them": ["sample", "--checkpoint", run, "-n", "4", "--each", "2"],
+        "no room for a ladder": ["train", *flags(TINY), "--data", graded, "--out", tmp_path / "x", "--ladder-part", "0"],
+        "leaves nothing of the image": ["train", "--data", graded, "--beta-T", "0.9"],
         "-n -1": ["sample", "--checkpoint", run, "-n", "-1"],
         "unrecognized arguments: --frobnicate": ["train", "--frobnicate"],
         "invalid choice: 'fly'": ["fly"],
