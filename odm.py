@@ -49,6 +49,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -243,7 +244,7 @@ def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_ba
 def guided_eps(model: Callable, x_t: Tensor, t: Tensor, severity: Tensor, scale: float) -> Tensor:
     """The noise estimate of a severity, with classifier-free guidance: (B, 3, H, W).
 
-    severity: (B,) float in 0..C-1, a class index or a point between two: severity 1.5 is
+    severity: (B,) float in 0..C-1, a class index or a point between two: 1.5 is
     0.5 eps_1 + 0.5 eps_2, since the estimates lie on a line (Eq. 7). Keep it on the CPU: it is
     looked at to decide which classes are evaluated, all in one batch with the null class.
     eps = eps_null + s (eps_c - eps_null); s = 1 is the conditional model, s = 0 the unconditional one
@@ -1176,44 +1177,50 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
 
 
 @torch.no_grad()
-def draw_images(net: Callable, severity: Sequence[float], keys: Sequence[tuple], config: Config, device: torch.device | str = "cpu") -> Tensor:
-    """Images of the severities (class indices 0..C-1, fractions between): (B, 3, size, size) uint8 on the CPU.
+def draw_images(net: Callable, position: Sequence[float], keys: Sequence[tuple], config: Config, device: torch.device | str = "cpu") -> Tensor:
+    """Images at positions in 0..C-1, class indices or between two: (B, 3, size, size) uint8 on the CPU.
 
     All noise of row i comes from keys[i] alone, so it is the same image in any batch.
     """
     rngs = [torch.Generator().manual_seed(seed_of("sample", *key)) for key in keys]
-    severity = torch.tensor(severity)
+    position = torch.tensor(position)
 
     def noise(x: Tensor | None = None) -> Tensor:
         return torch.stack([torch.randn(3, config.size, config.size, generator=rng) for rng in rngs]).to(device)
 
     def eps_fn(x_t: Tensor, t: Tensor) -> Tensor:
-        return guided_eps(net, x_t, t, severity, config.guidance)
+        return guided_eps(net, x_t, t, position, config.guidance)
 
     return to_uint8(ddim_sample(eps_fn, noise(), alpha_bars(config), config.sample_steps, config.eta, noise=noise)).cpu()
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) uint8 as an image of Pillow."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def draw_sheet(net: Network, classes: Classes, config: Config, path: Path, rows: int = 6) -> None:
     """A sheet of samples: a column a class, the same starting noise along a row."""
     C = len(classes.names)
-    images = draw_images(net, [float(c) for _ in range(rows) for c in range(C)], [(config.seed, row) for row in range(rows) for _ in range(C)],
-                         config, net.device)
-    save_sheet(images.view(rows, C, *images.shape[1:]), classes.names, path)
+    position, keys = [float(c) for _ in range(rows) for c in range(C)], [(config.seed, row) for row in range(rows) for _ in range(C)]
+    pictures = [to_picture(image) for image in draw_images(net, position, keys, config, net.device)]
+    save_sheet([(name, pictures[c::C]) for c, name in enumerate(classes.names)], config.size, path)
 
 
-def save_sheet(images: Tensor, titles: Sequence[str], path: Path) -> None:
-    """(rows, columns, 3, size, size) uint8 as one PNG with a title over each column."""
-    rows, columns, _, size, _ = images.shape
+def save_sheet(columns: Sequence[tuple[str, Sequence[Image.Image]]], size: int, path: Path) -> None:
+    """Columns of (title, pictures of size x size) as one PNG, small pictures enlarged."""
     scale = max(1, 128 // size)
-    cell, top = size * scale + 4, 24
-    sheet = Image.new("RGB", (columns * cell + 4, rows * cell + 4 + top), "white")
+    cell, top, rows = size * scale + 4, 24, max(len(pictures) for _, pictures in columns)
+    sheet = Image.new("RGB", (len(columns) * cell + 4, rows * cell + 4 + top), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for column, title in enumerate(titles):
-        pen.text((4 + (column + 0.5) * cell, top / 2 + 2), title, "black", font, anchor="mm")
-        for row in range(rows):
-            image = Image.fromarray(images[row, column].permute(1, 2, 0).numpy())
-            sheet.paste(image.resize((size * scale,) * 2, Image.Resampling.BICUBIC), (4 + column * cell, 4 + top + row * cell))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for x, (title, pictures) in enumerate(columns):
+        pen.text((4 + (x + 0.5) * cell, top / 2 + 2), title, "black", font, anchor="mm")
+        for y, picture in enumerate(pictures):
+            sheet.paste(picture.resize((size * scale,) * 2, Image.Resampling.BICUBIC), (4 + x * cell, 4 + top + y * cell))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path.parent, error) from None
     write_file(path, lambda file: sheet.save(file, "PNG"))
 
 
@@ -1311,36 +1318,21 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
                 images = draw_images(net, [index for _, index, _ in whole], [key for *_, key in whole], config, device)
                 for future in writing:
                     future.result()
-                writing = [pool.submit(save_image, file, image) for (file, *_), image in zip(chunk, images) if file in missing]
+                writing = [pool.submit(write_file, file, partial(to_picture(image).save, format="PNG")) for (file, *_), image in zip(chunk, images) if file in missing]
             say(f"{min(done * batch * world, len(jobs)):,}/{len(jobs):,} images  {done * batch * world / (time.monotonic() - begun):.1f} images/s",
                 over=done < len(chunks))
         for future in writing:
             future.result()
     wait_for_all(world)
     if rank == 0:
-        save_sheet(*sheet_of(jobs, targets, counts, config.size), out / "sheet.png")
+        most = 8 if len(targets) > 1 else 64
+        columns = [(name, [read_image(out / name / f"{i:05d}.png") for i in range(min(count, most))]) for (name, _), count in zip(targets, counts)]
+        if len(columns) == 1:  # one severity: a square of its images
+            (name, pictures), side = columns[0], math.ceil(math.sqrt(min(counts[0], most)))
+            columns = [(name if x == 0 else "", pictures[x::side]) for x in range(side)]
+        save_sheet(columns, config.size, out / "sheet.png")
         say(f"{len(jobs):,} images of {path} (step {state['step']:,}) are in {out}; {out / 'sheet.png'} shows the first")
     return out
-
-
-def save_image(file: Path, image: Tensor) -> None:
-    """(3, H, W) uint8 as PNG."""
-    write_file(file, lambda f: Image.fromarray(image.permute(1, 2, 0).numpy()).save(f, "PNG"))
-
-
-def sheet_of(jobs: list, targets: list, counts: list[int], size: int, most: int = 8) -> tuple[Tensor, list[str]]:
-    """Sheet and titles: a column of up to 8 images for each severity, or a square of images where there is one severity."""
-    files = iter([file for file, *_ in jobs])
-    columns = [[next(files) for _ in range(count)][: most if len(counts) > 1 else most**2] for count in counts]
-    titles = [name for name, _ in targets]
-    if len(columns) == 1:
-        side = math.ceil(math.sqrt(len(columns[0])))
-        columns, titles = [columns[0][i::side] for i in range(side)], titles + [""] * (side - 1)
-    sheet = np.full((max(map(len, columns)), len(columns), size, size, 3), 255, np.uint8)
-    for j, column in enumerate(columns):
-        for i, file in enumerate(column):
-            sheet[i, j] = read_image(file)
-    return torch.from_numpy(sheet).permute(0, 1, 4, 2, 3), titles
 
 
 def note_settings(out: Path, settings: dict) -> None:
