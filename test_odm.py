@@ -124,7 +124,7 @@ def test_q_sample_is_equation_1_applied_t_times():
 
 
 def loop_ordinal(eps_hat, squared=False, severity=None):
-    """Eq. 5 by loops over ladders and triplets, with NumPy; distances as DESIGN defines them: RMS, or mean square."""
+    """Eq. 5 by loops over ladders and triplets, with NumPy; distances are root mean squares, or mean squares."""
     def d(a, b):
         mean_square = float(np.mean((a - b) ** 2))
         return mean_square if squared else math.sqrt(mean_square)
@@ -394,15 +394,10 @@ def test_ancestral_sampling_has_the_mean_of_equation_2():
 
 
 def test_ancestral_noise_has_the_posterior_variance():
-    alpha_bar, sigmas = odm.alpha_bars(odm.Config(timesteps=30)), []
-    zero = lambda x, t: torch.zeros_like(x)
-
-    class Probe:  # x is 0 throughout: what is added is sigma * 1
-        last = None
-    def draw(x):
-        return torch.ones_like(x)
-    xs = []
-    odm.ddim_sample(lambda x, t: xs.append(x.item()) or x * 0, torch.zeros(1, dtype=torch.float64), alpha_bar, 30, 1.0, False, draw)
+    """With eps = 0 a step takes x to x / sqrt(alpha_t) plus sigma_t z; here z = 1."""
+    alpha_bar, xs = odm.alpha_bars(odm.Config(timesteps=30)), []
+    eps_fn = lambda x, t: xs.append(x.item()) or x * 0
+    odm.ddim_sample(eps_fn, torch.zeros(1, dtype=torch.float64), alpha_bar, 30, 1.0, False, torch.ones_like)
     for t, (x, x_next) in zip(range(30, 1, -1), zip(xs[:-1], xs[1:])):
         beta = 1 - (alpha_bar[t] / alpha_bar[t - 1]).item()
         sigma = math.sqrt(beta * (1 - alpha_bar[t - 1].item()) / (1 - alpha_bar[t].item()))
@@ -1386,7 +1381,7 @@ def test_precision_recall_against_loops(n, m, d, k):
 
 def test_ties_are_inside():
     rng = torch.Generator().manual_seed(0)  # points of a grid: most distances are ties, many points coincide
-    for seed in range(20):
+    for _ in range(20):
         real, fake = (torch.randint(0, 6, (60, 2), generator=rng).float() for _ in "rf")
         assert fid.precision_recall(real, fake, 2) == pytest.approx(brute_force(real, fake, 2), abs=1e-12)
     black = torch.cat([torch.full((5, 768), 0.1), normal(30, 768, 1, torch.float32)])  # copies: radius 0, distance 0
