@@ -409,11 +409,11 @@ def load_weights(dims: int, file: str = "") -> tuple[Inception, str]:
             socket.setdefaulttimeout(60)  # a network that swallows packets would hang for ever
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_SHA256, progress=sys.stderr.isatty())
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise odm.UserError(f"cannot download {WEIGHTS_URL} ({error}): fetch it elsewhere and put it at {path}, or use --weights")
+        raise odm.UserError(f"cannot download {WEIGHTS_URL} ({error}): fetch it elsewhere and put it at {path}, or use --weights") from None
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise odm.UserError(f"{path}: cannot be read ({error.strerror}): --weights takes a file like {name}")
+        raise odm.UserError(f"{path}: cannot be read ({error.strerror}): --weights takes a file like {name}") from None
     if not file and sha256 != WEIGHTS_SHA256:
         raise odm.UserError(f"{path}: only a part of the file or a wrong one, by its SHA-256: delete it to have it downloaded again")
     try:
@@ -421,7 +421,7 @@ def load_weights(dims: int, file: str = "") -> tuple[Inception, str]:
             warnings.simplefilter("ignore")  # what torch says about odd files, the error says in one line
             state = {key: value.float() for key, value in torch.load(path, map_location="cpu", weights_only=True).items()}
     except Exception:  # a damaged file can fail anywhere within torch.load
-        raise odm.UserError(f"{path}: damaged, or not a file of network weights: --weights takes a file like {name}")
+        raise odm.UserError(f"{path}: damaged, or not a file of network weights: --weights takes a file like {name}") from None
     network = Inception(dims)
     wanted = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     for key, value in wanted.items():
@@ -516,7 +516,7 @@ def load_stats(file: str, source: dict) -> Tensor:
         if not differing and (x.shape != (source["images"], source["dims"]) or x.dtype != torch.float32):
             raise ValueError
     except Exception:  # a damaged file can fail anywhere within np.load
-        raise odm.UserError(f"{file}: damaged, or not a --real-stats file: delete it to have it made anew, or choose another name")
+        raise odm.UserError(f"{file}: damaged, or not a --real-stats file: delete it to have it made anew, or choose another name") from None
     if differing:
         raise odm.UserError(f"{file}: made with {'; '.join(differing)}: delete it to have it made anew, or choose another name")
     return x
