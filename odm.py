@@ -932,10 +932,12 @@ class Network:
                 self.run = torch.compile(model)
             except Exception as error:
                 say(f"torch.compile does not work here ({type(error).__name__}); going on without")
-        if config.precision == "auto":
-            native = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-            fast = native.get("amx_bf16") or native.get("avx512_bf16") or device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bfloat16 = bool(fast) if config.precision == "auto" else config.precision == "bfloat16"
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            features = getattr(torch.cpu, "get_capabilities", dict)()  # of this processor
+            native = device.type == "cpu" and (features.get("amx_bf16") or features.get("avx512_bf16"))
+        self.bfloat16 = config.precision == "bfloat16" or config.precision == "auto" and bool(native)
 
     def __call__(self, *args) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -1419,6 +1421,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(Config(**{**(SMALL if preset == "small" else {}), **given}))
         else:
             sample(**args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except UserError as error:
         message = str(error)
