@@ -127,8 +127,8 @@ class Config:
 
 
 # Small enough for two cores and a few minutes: 32x32 images, 1.2 M parameters.
-SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0, batch=16, steps=600,
-             lr=2e-3, warmup=100, ema=0.999, sample_steps=50, eta=1.0, log_every=50, save_every=100, sheet_every=300)
+SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0, batch=16, steps=800,
+             lr=2e-3, warmup=100, ema=0.999, sample_steps=50, eta=1.0, log_every=50, save_every=100, sheet_every=400)
 
 
 # --------------------------------------------------------------------- forward process (Eq. 1)
