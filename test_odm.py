@@ -33,6 +33,9 @@ import fid
 import odm
 
 HERE = Path(__file__).resolve().parent
+if __name__ != "__main__":  # networks of the tests are too small to share; on a busy machine threads wait for each other
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 spec = importlib.util.spec_from_file_location("demo", HERE / "data" / "demo.py")
 demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
