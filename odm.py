@@ -126,7 +126,7 @@ class Config:
     compile: str = setting("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"), free=True)
 
 
-# Small enough for two cores and a few minutes: 32x32 images, 1.2 M parameters.
+# Small enough for two cores and a few minutes: 32x32 images, 1.1 M parameters.
 SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0, batch=16, steps=800,
              lr=2e-3, warmup=100, ema=0.999, sample_steps=50, eta=1.0, log_every=50, save_every=100, sheet_every=400)
 
