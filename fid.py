@@ -725,8 +725,10 @@ def main(argv: list[str] | None = None) -> int:
     except (odm.UserError, OSError) as error:
         print("fid.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("fid.py: error: out of GPU memory: lower --batch", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not odm.out_of_memory(error):
+            raise
+        print("fid.py: error: out of memory: lower --batch, or --dims", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fid.py: interrupted", file=sys.stderr)

@@ -1036,6 +1036,12 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is how torch or numpy, on a GPU or a CPU, say that memory ran out."""
+    words = r"out of memory|not enough memory|allocate memory|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -1430,9 +1436,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("odm.py: stopped; the same command goes on", file=sys.stderr)
         return 128 + stopped.args[0]
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "not enough memory" not in str(error):
+        if not out_of_memory(error):
             raise
-        message = "out of memory: lower --batch"
+        message = "out of memory: lower --batch, or --size where the images alone are too many"
     print(f"odm.py: error: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2
 

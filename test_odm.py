@@ -899,6 +899,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(graded, t
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("fail", [lambda *_: torch.zeros(2**46), lambda *_: np.zeros(2**46)])  # 256 TiB
+def test_out_of_memory_names_the_flag_to_lower(graded, run, tmp_path, capsys, monkeypatch, fail):
+    monkeypatch.setattr(odm, "total_loss", fail)
+    monkeypatch.setattr(odm, "draw_images", fail)
+    assert "lower --batch" in error_of(capsys, "train", *flags(TINY), "--data", graded, "--out", tmp_path / "run")
+    assert "lower --batch" in error_of(capsys, "sample", "--checkpoint", run, "--out", tmp_path / "samples")
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stop_signals_save_and_say_how_to_go_on(graded, tmp_path, number, status):
     process = command(HERE / "odm.py", "train", *flags({**TINY, "steps": 100_000}), "--data", graded, "--out", "a b/\u00e9", cwd=tmp_path)
