@@ -827,11 +827,8 @@ def train(config: Config) -> Path:
     space = 16 * n_parameters  # 4 bytes each for the weights, their average and Adam's two moments
     held = claim(out, space) if rank == 0 else None  # kept open: it is the lock
     step = resume(out / "checkpoint.pt", config, classes, model, ema, optimizer)
-    if world > 1:
-        least = torch.tensor(step, device=device)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        if step != least:
-            raise UserError(f"{out}: one process finds step {step:,} there, another {int(least):,}; it must be one folder, seen by all")
+    if step != (other := least(step, device, world)):
+        raise UserError(f"{out}: one process finds step {step:,} there, another {other:,}; it must be one folder, seen by all")
     if step >= config.steps:
         say(f"{out}: trained to step {step:,} already; a higher --steps goes on")
         return out
@@ -963,9 +960,27 @@ def start(name: str) -> tuple[torch.device, int, int]:
     return device, rank, world
 
 
+def fitting_batch(config: Config, device: torch.device, world: int) -> int:
+    """Images to draw at once: 16 on a CPU; on a GPU the power of two, up to 256, that its free memory holds."""
+    if device.type != "cuda":
+        return 16
+    one = 2 * 4 * 24 * config.ch * config.size**2  # bytes: with and without class, float32, 24 full maps alive at once
+    n = least(torch.cuda.mem_get_info(device)[0] // one, device, world)  # the same in all processes
+    return 2 ** int(math.log2(min(max(n, 1), 256)))
+
+
 def wait_for_all(world: int) -> None:
     if world > 1:
         dist.barrier()
+
+
+def least(number: int, device: torch.device, world: int) -> int:
+    """The smallest of all processes' numbers."""
+    if world > 1:
+        shared = torch.tensor(number, device=device)
+        dist.all_reduce(shared, dist.ReduceOp.MIN)
+        number = int(shared)
+    return number
 
 
 def add_up(tensors: list[Tensor]) -> None:
@@ -1001,12 +1016,9 @@ class StopSignals:
 
     def agreed(self, step: int, device: torch.device, world: int) -> bool:
         """Whether to stop after this step. Several processes agree on it, every tenth step, as asking costs time."""
-        if world > 1:
-            if step % 10:
-                return False
-            number = torch.tensor(self.number, device=device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.number = int(number)
+        if world > 1 and step % 10:
+            return False
+        self.number = -least(-self.number, device, world)
         return self.number > 0
 
 
@@ -1314,7 +1326,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
 
     jobs = [(out / name / f"{i:05d}.png", index, (seed, i) if series else (seed, i, round(index, 6)))
             for (name, index), count in zip(targets, counts) for i in range(count)]
-    batch = batch or (16 if device.type == "cpu" else 256)
+    batch = batch or fitting_batch(config, device, world)
     # Batches are laid out over all jobs, whole and of one size: an image is drawn in the same company whatever is missing.
     chunks, begun = [jobs[i : i + batch] for i in range(0, len(jobs), batch)][rank::world], time.monotonic()
     with ThreadPoolExecutor() as pool:  # PNG files are written while the next batch is drawn
@@ -1403,7 +1415,7 @@ def parser() -> Parser:
     s.add_argument("--each", type=int, default=0, metavar="N", help="images of each severity [16 for one severity, else 8]")
     s.add_argument("--out", default="", metavar="DIR", help="[samples/NAME, after the run; samples/NAME-series for a series]")
     s.add_argument("--seed", type=int, default=0, metavar="N", help="image i of a class depends on (seed, class, i) alone [0]")
-    s.add_argument("--batch", type=int, default=0, metavar="N", help="images drawn together [16 on a CPU, else 256]")
+    s.add_argument("--batch", type=int, default=0, metavar="N", help="images drawn together [16 on a CPU; on a GPU what its memory holds, up to 256]")
     s.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, ... [auto]")
     for f in fields(Config):
         if f.name in ("sample_steps", "guidance", "eta", "precision", "compile"):

@@ -740,6 +740,13 @@ def test_pixels_are_read_right(tmp_path):
 # --------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.parametrize("gibibytes, images", [(80, 256), (16, 128), (1, 8), (0.01, 1)])
+def test_as_many_images_are_drawn_at_once_as_a_gpu_has_memory_for(monkeypatch, gibibytes, images):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gibibytes * 2**30), 2**40))
+    assert odm.fitting_batch(odm.Config(), torch.device("cuda"), 1) == images
+    assert odm.fitting_batch(odm.Config(), torch.device("cpu"), 1) == 16
+
+
 def test_sample_folders_and_sheet(run, tmp_path):
     out = odm.sample(run, "all", n=20, out=tmp_path / "all")
     assert [len(list((out / f"Mayo {g}").glob("*.png"))) for g in range(4)] == [9, 5, 3, 3]  # the training frequencies
