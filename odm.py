@@ -70,9 +70,9 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------- settings
 
 
-def setting(default, help: str, low=None, high=None, choices=None, free: bool = False):
-    """A field of Config. `free`: it may differ when a run is resumed."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, free=free))
+def setting(default, help: str, low=None, high=None, choices=None, may_change: bool = False):
+    """A field of Config. `may_change`: it may differ when a run is resumed."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, may_change=may_change))
 
 
 @dataclass
@@ -80,8 +80,8 @@ class Config:
     """Every setting of a training run, its default and where that comes from. Fields are flags of `train`."""
 
     # data
-    data: str = setting("", "folder of graded images (none: the embedded set is drawn)", free=True)
-    out: str = setting("", "folder of the run (none: runs/NAME, after the data)", free=True)
+    data: str = setting("", "folder of graded images (none: the embedded set is drawn)", may_change=True)
+    out: str = setting("", "folder of the run (none: runs/NAME, after the data)", may_change=True)
     size: int = setting(64, "image side in pixels (paper)", low=4, high=1024)
     crop: int = setting(0, "side of the centre crop; 0: 128 for 352x288 frames (paper), else the middle square", low=0)
     order: str = setting("", "class names in ascending severity, A,B,C (where names carry no number)")
@@ -107,23 +107,23 @@ class Config:
     dropout: float = setting(0.1, "dropout in the residual blocks (Ho et al.)", low=0.0, high=0.99)
     # training
     batch: int = setting(32, "images a step, over all processes (paper)", low=1)
-    steps: int = setting(200_000, "training steps (paper)", low=1, free=True)
+    steps: int = setting(200_000, "training steps (paper)", low=1, may_change=True)
     lr: float = setting(1e-4, "Adam's learning rate (paper)", low=0.0)
     warmup: int = setting(5000, "steps of linear warm-up (Ho et al.)", low=0)
     clip: float = setting(1.0, "limit of the gradient's norm (Ho et al.)", low=1e-8)
     ema: float = setting(0.9999, "decay of the averaged weights that sampling uses (Ho et al.)", low=0.0, high=1.0)
     seed: int = setting(0, "a batch is a function of (seed, step)", low=0)
     # sampling, for the sheets drawn while training and as the default of `sample`
-    sample_steps: int = setting(100, "DDIM steps (paper)", low=1, free=True)
-    guidance: float = setting(2.0, "scale s of classifier-free guidance (paper); 1 is none", low=0.0, free=True)
-    eta: float = setting(0.0, "0: DDIM as in the paper; 1: ancestral, whose fresh noise mends the errors of a young network", low=0.0, high=1.0, free=True)
+    sample_steps: int = setting(100, "DDIM steps (paper)", low=1, may_change=True)
+    guidance: float = setting(2.0, "scale s of classifier-free guidance (paper); 1 is none", low=0.0, may_change=True)
+    eta: float = setting(0.0, "0: DDIM as in the paper; 1: ancestral, whose fresh noise mends the errors of a young network", low=0.0, high=1.0, may_change=True)
     # machinery
     log_every: int = setting(100, "steps between measurements of straightness", low=1)
-    save_every: int = setting(2000, "steps between checkpoints", low=1, free=True)
-    sheet_every: int = setting(10_000, "steps between sheets of samples; 0: only at the end", low=0, free=True)
-    device: str = setting("auto", "cpu, cuda, ...; auto: the GPU if there is one", free=True)
-    precision: str = setting("auto", "of the network; losses stay float32. auto: bfloat16 where the processor has it", choices=("auto", "float32", "bfloat16"), free=True)
-    compile: str = setting("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"), free=True)
+    save_every: int = setting(2000, "steps between checkpoints", low=1, may_change=True)
+    sheet_every: int = setting(10_000, "steps between sheets of samples; 0: only at the end", low=0, may_change=True)
+    device: str = setting("auto", "cpu, cuda, ...; auto: the GPU if there is one", may_change=True)
+    precision: str = setting("auto", "of the network; losses stay float32. auto: bfloat16 where the processor has it", choices=("auto", "float32", "bfloat16"), may_change=True)
+    compile: str = setting("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"), may_change=True)
 
 
 # Small enough for two cores and a few minutes: 32x32 images, 1.1 M parameters.
@@ -220,18 +220,53 @@ def straightness(eps_hat: Tensor) -> Tensor:
     return torch.stack(ratios).mean(0)
 
 
+@dataclass
+class Batch:
+    """What a training step sees: B images of the data set, shown in R >= B rows of the network, and G ladders of K rows."""
+
+    index: Tensor  # (B,) images of the data set
+    flip: Tensor  # (B,) which of them are mirrored
+    noise_index: Tensor  # (B,) which of the step's eps each takes: all images of an `images` ladder take one
+    t: Tensor  # (B,) timesteps 1..T
+    weight: Tensor  # (B,) weights in L_DM, 1/B each or for --balance
+    row_image: Tensor  # (R,) which of the B images each row shows; the first B rows show each once
+    row_label: Tensor  # (R,) the class each row is shown under, C being the null class
+    ladder: Tensor  # (G, K) rows, in ascending severity; G = 0 for the plain diffusion model
+    ladder_weight: Tensor  # (G,) weights in L_ordinal: even, 0 where the ladder holds the null class
+    severity: Tensor  # (G, K) of the classes in a ladder
+
+    def to(self, device) -> Batch:
+        return Batch(**{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
+
+    def part(self, rank: int, world: int) -> Batch:
+        """The share of one of `world` processes. No ladder is split; weights stay those of the whole."""
+        _, unit = torch.unique(self.noise_index, return_inverse=True)  # images that share a noise stay together
+        mine = unit * world // (unit.max() + 1) == rank
+        rows = mine[self.row_image]  # the rows that show my images
+        ladders = rows[self.ladder[:, 0]]
+        new_image, new_row = mine.cumsum(0) - 1, rows.cumsum(0) - 1  # old number -> new number
+        return Batch(
+            index=self.index[mine], flip=self.flip[mine], noise_index=self.noise_index[mine], t=self.t[mine], weight=self.weight[mine],
+            row_image=new_image[self.row_image[rows]], row_label=self.row_label[rows],
+            ladder=new_row[self.ladder[ladders]], ladder_weight=self.ladder_weight[ladders], severity=self.severity[ladders],
+        )
+
+
 def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_bar: Tensor, config: Config):
     """L_total = L_DM + W lambda_t L_ordinal of Eq. 8, lambda_t = t / T: scalars (L_total, L_DM, lambda_t L_ordinal).
 
     One forward pass serves both losses. Its first B rows are the B noised images, each under its own
-    label: L_DM reads those. The rows of `batch.ladder` (G, K) form the ladders that L_ordinal reads.
+    label: L_DM reads those. The rows of `batch.ladder` (G, K) form the ladders that L_ordinal reads: one
+    x_t under K labels (`--ladder labels`, our reading of Fig. 2), or x_{t,p}, x_{t,q}, x_{t,r} of K images with
+    one eps and one t (`--ladder images`, as Eqs. 4 to 7 are printed).
     """
     x_t = q_sample(x_0, batch.t, eps, alpha_bar)
-    eps_hat = model(x_t[batch.image], batch.t[batch.image], batch.label, batch.image)
+    row_t = batch.t[batch.row_image]
+    eps_hat = model(x_t[batch.row_image], row_t, batch.row_label, batch.row_image)
     dm = (batch.weight * dm_loss(eps, eps_hat[: len(eps)])).sum()
     if not len(batch.ladder):
         return dm, dm, torch.zeros_like(dm)
-    lambda_t = batch.t[batch.image[batch.ladder[:, 0]]] / config.timesteps  # (G,): a ladder has one t
+    lambda_t = row_t[batch.ladder[:, 0]] / config.timesteps  # (G,): a ladder has one t
     severity = batch.severity if config.spacing else None
     ordinal = ordinal_loss(eps_hat[batch.ladder], config.distance, severity)
     ordinal = (batch.ladder_weight * lambda_t * ordinal).sum()
@@ -245,24 +280,18 @@ def guided_eps(model: Callable, x_t: Tensor, t: Tensor, severity: Tensor, scale:
     """The noise estimate of a severity, with classifier-free guidance: (B, 3, H, W).
 
     severity: (B,) float in 0..C-1, a class index or a point between two: 1.5 is
-    0.5 eps_1 + 0.5 eps_2, since the estimates lie on a line (Eq. 7). Keep it on the CPU: it is
+    0.5 eps_1 + 0.5 eps_2, for a network trained with the ordinal loss has them on a line (Eq. 7). Keep it on the CPU: it is
     looked at to decide which classes are evaluated, all in one batch with the null class.
-    eps = eps_null + s (eps_c - eps_null); s = 1 is the conditional model, s = 0 the unconditional one
-    (Ho & Salimans write w = s - 1).
+    eps = eps_null + s (eps_c - eps_null) = s eps_c + (1 - s) eps_null; s = 1 is the conditional model, s = 0
+    the unconditional one (Ho & Salimans write w = s - 1).
     """
-    lower, upper = severity.floor(), severity.ceil()
-    labels = [lower] if torch.equal(lower, upper) else [lower, upper]
-    if scale != 1:
-        labels.append(torch.full_like(severity, model.num_classes))  # the null class
-    n = len(labels)
-    labels = torch.cat(labels).long().to(x_t.device)
-    eps = list(model(x_t.repeat(n, 1, 1, 1), t.repeat(n), labels).float().chunk(n))
-    null = eps.pop() if scale != 1 else 0
-    eps_c = eps[0]
-    if len(eps) == 2:
-        share = (severity - lower).to(x_t).view(-1, 1, 1, 1)
-        eps_c = (1 - share) * eps[0] + share * eps[1]
-    return eps_c if scale == 1 else null + scale * (eps_c - null)
+    share = severity - severity.floor()
+    terms = [(severity.floor(), scale * (1 - share)), (severity.ceil(), scale * share),
+             (torch.full_like(severity, model.num_classes), torch.full_like(severity, 1 - scale))]  # the null class
+    terms = [(label, weight) for label, weight in terms if weight.any()]  # the network is asked for these alone
+    labels = torch.cat([label for label, _ in terms]).long().to(x_t.device)
+    eps = model(x_t.repeat(len(terms), 1, 1, 1), t.repeat(len(terms)), labels).float().chunk(len(terms))
+    return sum(weight.to(x_t).view(-1, 1, 1, 1) * e for (_, weight), e in zip(terms, eps))
 
 
 def ddim_sample(eps_fn: Callable, x_T: Tensor, alpha_bar: Tensor, steps: int, eta: float = 0.0, clip: bool = True,
@@ -301,15 +330,26 @@ def glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:
     return layer
 
 
-def conv(c_in: int, c_out: int, kernel: int = 3, gain: float = 1.0, **kwargs) -> nn.Module:
-    return glorot(nn.Conv2d(c_in, c_out, kernel, **{"padding": kernel // 2, **kwargs}), gain)
+def conv(c_in: int, c_out: int, kernel: int = 3, gain: float = 1.0) -> nn.Module:
+    return glorot(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2), gain)
+
+
+def down(channels: int) -> nn.Module:
+    """Half the resolution: 3x3 convolution, stride 2, padded at the right and below only."""
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), glorot(nn.Conv2d(channels, channels, 3, stride=2)))
+
+
+def up(channels: int) -> nn.Module:
+    """Twice the resolution: nearest neighbour, then a 3x3 convolution."""
+    return nn.Sequential(nn.Upsample(scale_factor=2), conv(channels, channels))
 
 
 def norm(channels: int, groups: int) -> nn.Module:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-NEARLY_ZERO = 1e-5  # gain of each residual branch's last layer (Ho et al.: variance scale 1e-10): at first a block is the identity
+# Gain of the last layer of each residual branch (Ho et al.: a variance scale of 1e-10): at first a block is the identity.
+NEARLY_ZERO = 1e-5
 
 
 def time_embedding(t: Tensor, ch: int) -> Tensor:
@@ -331,30 +371,11 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, h: Tensor, image: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, row_image: Tensor | None) -> Tensor:
         if not self.training or self.p == 0:
             return h
         keep = torch.rand(h.shape, device=h.device) >= self.p
-        return h * (keep if image is None else keep[image]) / (1 - self.p)
-
-
-class Block(nn.Module):
-    """norm, swish, conv; add the embedding; norm, swish, dropout, conv; add the input; then attention."""
-
-    def __init__(self, c_in: int, c_out: int, c_emb: int, groups: int, dropout: float, attention: bool):
-        super().__init__()
-        self.norm1, self.conv1 = norm(c_in, groups), conv(c_in, c_out)
-        self.emb = glorot(nn.Linear(c_emb, c_out))
-        self.norm2, self.conv2 = norm(c_out, groups), conv(c_out, c_out, gain=NEARLY_ZERO)
-        self.dropout = Dropout(dropout)
-        self.shortcut = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.attention = Attention(c_out, groups) if attention else nn.Identity()
-
-    def forward(self, x: Tensor, emb: Tensor, image: Tensor | None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.emb(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h)), image))
-        return self.attention(self.shortcut(x) + h)
+        return h * (keep if row_image is None else keep[row_image]) / (1 - self.p)
 
 
 class Attention(nn.Module):
@@ -373,26 +394,23 @@ class Attention(nn.Module):
         return x + self.out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
-class Down(nn.Module):
-    """Half the resolution: 3x3 convolution, stride 2, padded at the right and below only."""
+class Block(nn.Module):
+    """norm, swish, conv; add the embedding; norm, swish, dropout, conv; add the input; then attention."""
 
-    def __init__(self, channels: int):
+    def __init__(self, c_in: int, c_out: int, c_emb: int, groups: int, dropout: float, attention: bool):
         super().__init__()
-        self.conv = conv(channels, channels, stride=2, padding=0)
+        self.norm1, self.conv1 = norm(c_in, groups), conv(c_in, c_out)
+        self.emb = glorot(nn.Linear(c_emb, c_out))
+        self.norm2, self.conv2 = norm(c_out, groups), conv(c_out, c_out, gain=NEARLY_ZERO)
+        self.dropout = Dropout(dropout)
+        self.shortcut = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out, groups) if attention else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor, image: Tensor | None) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Up(nn.Module):
-    """Twice the resolution: nearest neighbour, then a 3x3 convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = conv(channels, channels)
-
-    def forward(self, x: Tensor, emb: Tensor, image: Tensor | None) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    def forward(self, x: Tensor, emb: Tensor, row_image: Tensor | None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h)), row_image))
+        return self.attention(self.shortcut(x) + h)
 
 
 class UNet(nn.Module):
@@ -401,7 +419,7 @@ class UNet(nn.Module):
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
         ch, c_emb, side = config.ch, 4 * config.ch, config.size
-        groups = math.gcd(32, ch // 4)  # 32 at ch = 128, as published; a narrower network keeps 4 channels a group
+        groups = math.gcd(32, ch // 4)  # 32 at ch = 128, as published; fewer where they would hold less than 4 channels
 
         def block(c_in: int, c_out: int, attention: bool) -> Block:
             return Block(c_in, c_out, c_emb, groups, config.dropout, attention)
@@ -418,7 +436,7 @@ class UNet(nn.Module):
                 c = mult * ch
                 skips.append(c)
             if level < len(config.ch_mult) - 1:
-                self.down.append(Down(c))
+                self.down.append(down(c))
                 skips.append(c)
                 side //= 2
         self.middle = nn.ModuleList([block(c, c, True), block(c, c, False)])
@@ -427,27 +445,25 @@ class UNet(nn.Module):
                 self.up.append(block(c + skips.pop(), mult * ch, side in config.attention))
                 c = mult * ch
             if level > 0:
-                self.up.append(Up(c))
+                self.up.append(up(c))
                 side *= 2
         self.norm_out, self.conv_out = norm(c, groups), conv(c, 3, gain=NEARLY_ZERO)
 
-    def forward(self, x_t: Tensor, t: Tensor, c: Tensor, image: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor, row_image: Tensor | None = None) -> Tensor:
         """x_t (B, 3, H, W), t (B,) long in 1..T, c (B,) long in 0..C, C being the null class -> (B, 3, H, W).
 
-        image (B,) long: which image each row shows, where one is shown several times (see Dropout).
+        row_image (B,) long: which image each row shows, where one is shown several times (see Dropout).
         """
         emb = self.time(time_embedding(t, self.ch)) + self.label(c)
         h = self.conv_in(x_t)
         skips = [h]
         for layer in self.down:
-            h = layer(h, emb, image)
+            h = layer(h, emb, row_image) if isinstance(layer, Block) else layer(h)
             skips.append(h)
-        for layer in self.middle:
-            h = layer(h, emb, image)
+        for block in self.middle:
+            h = block(h, emb, row_image)
         for layer in self.up:
-            if isinstance(layer, Block):
-                h = torch.cat([h, skips.pop()], dim=1)
-            h = layer(h, emb, image)
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb, row_image) if isinstance(layer, Block) else layer(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -532,7 +548,7 @@ def rank_classes(found: set[str], order: str = "") -> dict[str, float]:
 
 def labels_from_csv(root: Path, paths: list[Path]) -> tuple[list[tuple[Path, str]], list[str]] | None:
     """(path, class) from all CSV files with columns image, level, as EyePACS has; None where there is no such file."""
-    level_of, files = {}, []
+    level_of, files, odd = {}, [], 0
     for file in sorted(root.rglob("*.csv")):
         try:
             with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
@@ -540,14 +556,18 @@ def labels_from_csv(root: Path, paths: list[Path]) -> tuple[list[tuple[Path, str
         except (OSError, csv.Error):  # a folder of that name, or no table
             continue
         header = [column.strip().lower() for column in rows[0]] if rows else []
-        if {"image", "level"} <= set(header):
-            files.append(file.name)
-            for row in rows[1:]:
-                if len(row) == len(header):
-                    image, level = (row[header.index(column)].strip() for column in ("image", "level"))
-                    stem = Path(image).stem if Path(image).suffix.lower() in SUFFIXES else image
-                    if level_of.setdefault(stem, level) != level:
-                        raise UserError(f"{file}: gives {image} the level {level}, and {level_of[stem]} elsewhere; remove one of the two")
+        if not {"image", "level"} <= set(header):
+            continue
+        files.append(file.name)
+        image_at, level_at = header.index("image"), header.index("level")
+        for row in rows[1:]:
+            if len(row) != len(header):
+                odd += bool(row)
+                continue
+            image, level = row[image_at].strip(), row[level_at].strip()
+            stem = Path(image).stem if Path(image).suffix.lower() in SUFFIXES else image
+            if level_of.setdefault(stem, level) != level:
+                raise UserError(f"{file}: gives {image} the level {level}, and {level_of[stem]} elsewhere; remove one of the two")
     if not files:
         return None
     path_of = {path.stem: path for path in reversed(paths)}
@@ -555,6 +575,8 @@ def labels_from_csv(root: Path, paths: list[Path]) -> tuple[list[tuple[Path, str
     if not pairs:
         raise UserError(f"{root}: none of the {len(level_of):,} images that {files[0]} lists is there")
     notes = [f"{' and '.join(files)} lists {len(level_of):,} images, {len(level_of) - len(pairs):,} of them are missing"]
+    if odd:
+        notes.append(f"{odd:,} rows not as long as the header passed over")
     if len(paths) > len(pairs):
         notes.append(f"{len(paths) - len(pairs):,} other images passed over")
     return pairs, notes
@@ -564,7 +586,8 @@ def labels_from_folders(root: Path, paths: list[Path], order: str) -> tuple[list
     """(path, class) by parent folder; in a stray subfolder of a class folder, by the class folder.
 
     Of the folders above an image those count whose name has a number (or is in --order), and of those the
-    kind that most images lie directly in: "Mayo #", not "New folder (#)" inside it or the patient's number above it.
+    kind that most images lie directly in: 17/Mayo 2/copy (1)/a.bmp is a "Mayo #", as are nearly all others, not a
+    "#" (the patient) nor a "copy (#)".
     """
     named = {name.strip() for name in order.split(",")} - {""}
 
@@ -574,15 +597,15 @@ def labels_from_folders(root: Path, paths: list[Path], order: str) -> tuple[list
         return re.sub(NUMBER, "#", folder.name) if number_in(folder.name) is not None else None
 
     images_in = Counter(kind(path.parent) for path in paths)
-    pairs, first, loose, copies = [], {}, 0, 0
+    pairs, seen, loose, copies = [], {}, 0, 0
     for path in paths:
         above = [folder for folder in path.parents if root in folder.parents]  # nearest first
         if not above:
             loose += 1
             continue
         folder = max((f for f in above if kind(f)), key=lambda f: images_in[kind(f)], default=above[0])
-        twin = first.setdefault((folder.name, path.name), path)
-        if twin is not path and filecmp.cmp(twin, path, shallow=False):
+        earlier = seen.setdefault((folder.name, path.name), path)
+        if earlier is not path and filecmp.cmp(earlier, path, shallow=False):
             copies += 1
         else:
             pairs.append((path, folder.name))
@@ -613,7 +636,7 @@ def find_images(root: str | Path, order: str = "") -> tuple[list[Path], list[int
     return [path for path, _ in pairs], [index[name] for _, name in pairs], list(severity), notes
 
 
-def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = "", say: Callable = lambda line: None):
+def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = "", say: Callable = lambda line, over=False: None):
     """Graded images as (uint8 (N, 3, size, size), labels long (N,), class names in ascending severity).
 
     Reads LIMUC, EyePACS and any tree of class folders as distributed (data/README.md); an image's class
@@ -633,7 +656,11 @@ def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = ""
     say("; ".join([f"{root}: " + ", ".join(f"{name} {labels.count(i):,}" for i, name in enumerate(names)), *notes]))
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on odd metadata
-        loaded = list(pool.map(load, paths))
+        loaded = []
+        for item in pool.map(load, paths):
+            loaded.append(item)
+            if len(loaded) % 1000 == 0:
+                say(f"{len(loaded):,}/{len(paths):,} images read", over=True)
     if errors := [item for item in loaded if isinstance(item, UserError)]:
         raise UserError(str(errors[0]) + (f" (and {len(errors) - 1} more such files)" if len(errors) > 1 else ""))
     return torch.from_numpy(np.stack(loaded)), torch.tensor(labels), names
@@ -651,36 +678,6 @@ class Classes:
     counts: list[int]
 
 
-@dataclass
-class Batch:
-    """What a training step sees: B images, R >= B rows of the network, G ladders of K rows."""
-
-    index: Tensor  # (B,) images of the data set
-    flip: Tensor  # (B,) which of them are mirrored
-    noise: Tensor  # (B,) which eps each takes: rungs of an `images` ladder share one
-    t: Tensor  # (B,) timesteps 1..T
-    weight: Tensor  # (B,) weights in L_DM, 1/B each or for --balance
-    image: Tensor  # (R,) which of the B images each row shows; the first B rows show each once
-    label: Tensor  # (R,) the class each row is shown under, C being the null class
-    ladder: Tensor  # (G, K) rows, in ascending severity
-    ladder_weight: Tensor  # (G,) weights in L_ordinal: even, 0 where the ladder holds the null class
-    severity: Tensor  # (G, K) of the classes in a ladder
-
-    def to(self, device) -> Batch:
-        return Batch(**{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
-
-    def part(self, rank: int, world: int) -> Batch:
-        """The share of one of `world` processes. No ladder is split; weights stay those of the whole."""
-        _, unit = torch.unique(self.noise, return_inverse=True)  # rows that share a noise stay together
-        mine = unit * world // (unit.max() + 1) == rank
-        rows = mine[self.image]  # the rows that show my images
-        ladders = rows[self.ladder[:, 0]] if len(self.ladder) else torch.zeros(0, dtype=torch.bool)
-        new_image, new_row = mine.cumsum(0) - 1, rows.cumsum(0) - 1  # old number -> new number
-        return Batch(self.index[mine], self.flip[mine], self.noise[mine], self.t[mine], self.weight[mine],
-                     new_image[self.image[rows]], self.label[rows], new_row[self.ladder[ladders]],
-                     self.ladder_weight[ladders], self.severity[ladders])
-
-
 class Batches:
     """Batch number `step` is a function of (seed, step): a resumed run needs no loader state."""
 
@@ -690,6 +687,7 @@ class Batches:
         self.by_class = self.labels.argsort(stable=True)
         self.start = self.count.cumsum(0) - self.count
         self.K = min(config.rungs or len(severities), len(severities))
+        self.with_ladders = config.ordinal > 0 and len(severities) >= 3
 
     def pick(self, c: Tensor, rng: torch.Generator) -> Tensor:
         """A random image of each class in c: (B,) -> (B,)."""
@@ -697,9 +695,8 @@ class Batches:
         return self.by_class[self.start[c] + (u * self.count[c]).long()]
 
     def draw(self, step: int) -> Batch:
-        config, C, K = self.config, len(self.severities), self.K
+        config, B, C = self.config, self.config.batch, len(self.severities)
         rng = torch.Generator().manual_seed(seed_of("batch", config.seed, step))
-        B = config.batch
         if config.balance == "uniform":
             index = self.pick(torch.randint(C, (B,), generator=rng), rng)
         else:
@@ -707,36 +704,48 @@ class Batches:
         flip = (torch.rand(B, generator=rng) < 0.5) & config.flip
         t = torch.randint(1, config.timesteps + 1, (B,), generator=rng)
         dropped = torch.rand(B, generator=rng) < config.class_dropout  # a coin for each image
-        noise, weight = torch.arange(B), torch.full((B,), 1 / B)
-        image, extra = torch.arange(B), torch.zeros(0, dtype=torch.long)
-        ladder, classes = torch.zeros(0, K, dtype=torch.long), torch.zeros(0, K, dtype=torch.long)
+        none = torch.zeros(0, self.K, dtype=torch.long)
+        batch = Batch(index, flip, noise_index=torch.arange(B), t=t, weight=torch.full((B,), 1 / B), row_image=torch.arange(B),
+                      row_label=self.labels[index], ladder=none, ladder_weight=none[:, 0], severity=none)
+        if self.with_ladders:
+            classes = (self.add_ladders_of_images if config.ladder == "images" else self.add_ladders_of_labels)(batch, rng)
+            batch.severity = self.severities[classes]
+        batch.row_label[:B][dropped] = C
+        whole = (batch.row_label[batch.ladder] < C).all(1)
+        batch.ladder_weight = whole / whole.sum().clamp(min=1)
+        return batch
 
-        if config.ordinal > 0 and C >= 3 and config.ladder == "images":
-            # K images of K classes, one noise, one t; L_DM is read off each of them.
-            G = B // K
-            ladder = torch.arange(G * K).view(G, K)
-            classes = torch.rand(G, C, generator=rng).argsort(1)[:, :K].sort(1).values
-            index[: G * K] = self.pick(classes.flatten(), rng)
-            noise[: G * K] = ladder[:, :1].expand(G, K).flatten()
-            t = t[noise]
-            if config.balance == "data":  # classes were drawn evenly: weight them back to their frequency
-                weight[: G * K] *= C * self.count[classes.flatten()] / len(self.labels)
-        elif config.ordinal > 0 and C >= 3:
-            # One image under its own label, in the rows of L_DM, and under K - 1 others, evenly drawn, in extra rows.
-            shown = ((torch.arange(B) + 1) * config.ladder_part).long() > (torch.arange(B) * config.ladder_part).long()
-            shown = shown.nonzero().flatten()  # spread evenly, so that every process gets its share
-            G, own = len(shown), self.labels[index[shown]][:, None]
-            key = torch.rand(G, C, generator=rng).scatter(1, own, -1.0)  # its own class comes first
-            classes = key.argsort(1)[:, :K].sort(1).values
-            is_own = classes == own
-            extra = classes[~is_own]
-            image = torch.cat([image, shown.repeat_interleave(K - 1)])
-            ladder = shown[:, None].repeat(1, K)
-            ladder[~is_own] = B + torch.arange(G * (K - 1))
+    def add_ladders_of_images(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """K images of K classes with one noise and one t; L_DM is read off each of them. Returns the classes (G, K).
 
-        label = torch.cat([torch.where(dropped, C, self.labels[index]), extra])
-        whole = (label[ladder] < C).all(1)
-        return Batch(index, flip, noise, t, weight, image, label, ladder, whole / whole.sum().clamp(min=1), self.severities[classes])
+        Images 0..K-1 become those of the first ladder, K..2K-1 those of the second, ...
+        """
+        C, K = len(self.severities), self.K
+        G = self.config.batch // K
+        classes = torch.rand(G, C, generator=rng).argsort(1)[:, :K].sort(1).values  # K different ones, ascending
+        batch.ladder = torch.arange(G * K).view(G, K)
+        batch.index[: G * K] = self.pick(classes.flatten(), rng)
+        batch.row_label = self.labels[batch.index]
+        batch.noise_index[: G * K] = batch.ladder[:, :1].expand(G, K).flatten()  # all take the first one's
+        batch.t = batch.t[batch.noise_index]
+        if self.config.balance == "data":  # classes were drawn evenly: weight them back to their frequency
+            batch.weight[: G * K] *= C * self.count[classes.flatten()] / len(self.labels)
+        return classes
+
+    def add_ladders_of_labels(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """One image under its own label, in its row for L_DM, and under K - 1 others, in new rows. Returns the classes (G, K)."""
+        B, C, K, part = self.config.batch, len(self.severities), self.K, self.config.ladder_part
+        place = torch.arange(B + 1)
+        shown = (place * part).long().diff().nonzero().flatten()  # spread evenly, so that every process gets its share
+        G, own = len(shown), self.labels[batch.index[shown]][:, None]
+        key = torch.rand(G, C, generator=rng).scatter(1, own, -1.0)  # classes in random order, but its own comes first
+        classes = key.argsort(1)[:, :K].sort(1).values
+        new = classes != own
+        batch.ladder = shown[:, None].repeat(1, K)
+        batch.ladder[new] = B + torch.arange(G * (K - 1))
+        batch.row_image = torch.cat([batch.row_image, shown.repeat_interleave(K - 1)])
+        batch.row_label = torch.cat([batch.row_label, classes[new]])
+        return classes
 
 
 def seed_of(purpose: str, *numbers: int) -> int:
@@ -786,7 +795,7 @@ def training_step(net: Network, ema: UNet, optimizer, images: Tensor, batch: Bat
     x_0 = to_unit(images[batch.index]).to(memory_format=torch.channels_last)
     x_0 = torch.where(batch.flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
     torch.manual_seed(seed_of("eps", config.seed, step))  # drawn whole in every process: the same eps for any number of them
-    eps = torch.randn(config.batch, *x_0.shape[1:], device=x_0.device)[batch.noise]
+    eps = torch.randn(config.batch, *x_0.shape[1:], device=x_0.device)[batch.noise_index]
     torch.manual_seed(seed_of("dropout", config.seed, step, rank))
     losses = total_loss(net, x_0, eps, batch, alpha_bar, config)
     optimizer.zero_grad()
@@ -813,7 +822,7 @@ def train(config: Config) -> Path:
     out = Path(config.out) if config.out else Path("runs") / root.resolve().name
     if not config.data and rank == 0:
         draw_demo(root)
-    wait_for_all(world)
+    wait_for_all()
     images, labels, names = load_images(root, config.size, config.crop, config.order, say)
     classes = Classes(names, list(rank_classes(set(names), config.order).values()), labels.bincount().tolist())
     if config.ordinal > 0 and len(names) < 3:
@@ -825,7 +834,7 @@ def train(config: Config) -> Path:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     n_parameters = sum(p.numel() for p in model.parameters())
     space = 16 * n_parameters  # 4 bytes each for the weights, their average and Adam's two moments
-    held = claim(out, space) if rank == 0 else None  # kept open: it is the lock
+    lock = lock_folder(out, space) if rank == 0 else None  # held while it is open
     step = resume(out / "checkpoint.pt", config, classes, model, ema, optimizer)
     if step != (other := least(step, device, world)):
         raise UserError(f"{out}: one process finds step {step:,} there, another {other:,}; it must be one folder, seen by all")
@@ -838,34 +847,33 @@ def train(config: Config) -> Path:
 
     images, alpha_bar = images.to(device), alpha_bars(config).to(device)
     batches, net = Batches(config, labels, classes.severities), Network(model, config, device)
-    if config.ordinal > 0 and len(names) >= 3 and not len(batches.draw(0).ladder):
+    if batches.with_ladders and not len(batches.draw(0).ladder):
         raise UserError(f"--batch {config.batch}: has no room for a ladder of {batches.K} {config.ladder}; raise it (or --ladder-part), or pass --ordinal 0")
     model.train()
-    with StopSignals() as stop:
+    with StopSignals() as signals:
         done = False
         while not done:
             batch = batches.draw(step).part(rank, world).to(device)
             losses = training_step(net, ema, optimizer, images, batch, alpha_bar, config, step, rank, world)
             step += 1
-            done = step == config.steps or stop.agreed(step, device, world)
+            done = step == config.steps or signals.agreed(step, device, world)
             if rank > 0:
                 continue
 
             # Only the first process gets here: measuring, saving, drawing.
-            log.add(step, losses)
-            if step % config.log_every == 0 or step == config.steps:
-                log.measured(*measure_ladder(ema, images, alpha_bar))
+            due = step % config.log_every == 0 or step == config.steps
+            log.add(step, losses, measure_ladder(ema, images, alpha_bar) if due else ())
             if step % config.save_every == 0 or done:
                 log.flush()  # before saving: it refuses losses that are not finite
                 save_checkpoint(out / "checkpoint.pt", config, classes, model, ema, optimizer, step)
             if config.sheet_every and step % config.sheet_every == 0 or step == config.steps:
-                sheet = out / "sheets" / f"{step:06d}.png"
-                draw_sheet(Network(ema, replace(config, compile="off"), device), classes, config, sheet)
-                shutil.copyfile(sheet, out / "sheet.png")
-        wait_for_all(world)  # until the first process has saved
+                sheet = draw_sheet(Network(ema, replace(config, compile="off"), device), classes, config)
+                for path in (out / "sheets" / f"{step:06d}.png", out / "sheet.png"):
+                    write_file(path, partial(sheet.save, format="PNG"))
+        wait_for_all()  # until the first process has saved
     if step < config.steps:
         say(f"{out}: stopped and saved at step {step:,}; the same command goes on from there")
-        raise Stopped(stop.number)
+        raise Stopped(signals.number)
     say(f"{out}: trained to step {step:,}; {out / 'sheet.png'} shows samples")
     return out
 
@@ -876,39 +884,37 @@ class Log:
     COLUMNS = ("step", "loss", "dm", "ordinal", "grad_norm", "straightness", "gap")
 
     def __init__(self, path: Path, step: int, config: Config):
-        self.path, self.config, self.step, self.pending, self.begun = path, config, step, [], (time.monotonic(), step)
+        self.path, self.config, self.pending = path, config, []
+        self.begun_at, self.begun_step = time.monotonic(), step
         rows = [self.COLUMNS]
         if step and path.exists():  # rows that an interrupted run wrote after its last checkpoint go
             with open(path, newline="") as file:
                 rows += [r for r in csv.reader(file) if len(r) == len(rows[0]) and r[0].isdigit() and int(r[0]) <= step]
         write_file(path, lambda f: f.write("".join(",".join(r) + "\n" for r in rows).encode()))
 
-    def add(self, step: int, values: Tensor) -> None:
-        """values: (4,) total loss, L_DM, ordinal part, gradient norm."""
-        self.step = step
-        self.pending.append([step, values, "", ""])
-
-    def measured(self, straight: float, gap: float) -> None:
-        self.pending[-1][2:] = [f"{straight:.6g}", f"{gap:.6g}"]
-        mean = self.flush()
-        rate = (self.step - self.begun[1]) / (time.monotonic() - self.begun[0])
-        left = (self.config.steps - self.step) / rate / 60
-        say(f"step {self.step:,}/{self.config.steps:,}  L_DM {mean[1]:.4f}  lambda_t L_ordinal {mean[2]:.6f}  straightness {straight:.3f}  "
-            f"gap {gap:.4f}  {rate * self.config.batch:.1f} images/s  {left:.1f} min left", over=self.step < self.config.steps)
+    def add(self, step: int, values: Tensor, measured: Sequence[float] = ()) -> None:
+        """values: (4,) L_total, L_DM, lambda_t L_ordinal, gradient norm; measured: straightness and gap, after some steps."""
+        self.pending.append((step, values, measured))
+        if measured:
+            (straight, gap), mean, last = measured, self.flush(), self.config.steps
+            rate = (step - self.begun_step) / (time.monotonic() - self.begun_at)
+            say(f"step {step:,}/{last:,}  L_DM {mean[1]:.4f}  lambda_t L_ordinal {mean[2]:.6f}  straightness {straight:.3f}  gap {gap:.4f}  "
+                f"{rate * self.config.batch:.1f} images/s  {(last - step) / rate / 60:.1f} min left", over=step < last)
 
     def flush(self) -> np.ndarray:
         """Write the pending rows and return their mean; losses that are not finite end the run before it is saved."""
         if not self.pending:
             return np.zeros(4)
-        values = torch.stack([v for _, v, *_ in self.pending]).tolist()
-        for (step, *_), row in zip(self.pending, values):
+        values = torch.stack([v for _, v, _ in self.pending]).tolist()
+        for (step, _, _), row in zip(self.pending, values):
             if not all(map(math.isfinite, row)):
                 raise UserError(f"step {step}: the loss is not finite; {self.path.with_name('checkpoint.pt')} holds the last good state, "
                                 "if one was saved: train with a lower --lr in another --out")
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(f"{step}," + ",".join(f"{v:.7g}" for v in row) + f",{straight},{gap}\n"
-                                for (step, _, straight, gap), row in zip(self.pending, values))
+                for (step, _, measured), row in zip(self.pending, values):
+                    cells = [f"{v:.7g}" for v in row] + ([f"{m:.6g}" for m in measured] or ["", ""])
+                    file.write(f"{step}," + ",".join(cells) + "\n")
         except OSError as error:
             raise cannot_write(self.path, error) from None
         self.pending = []
@@ -948,6 +954,8 @@ def start(name: str) -> tuple[torch.device, int, int]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{local}" if name == "cuda" and world > 1 else name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu and cuda are known here")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {first_line(error)}") from None
@@ -969,8 +977,8 @@ def fitting_batch(config: Config, device: torch.device, world: int) -> int:
     return 2 ** int(math.log2(min(max(n, 1), 256)))
 
 
-def wait_for_all(world: int) -> None:
-    if world > 1:
+def wait_for_all() -> None:
+    if dist.is_initialized():
         dist.barrier()
 
 
@@ -1068,16 +1076,17 @@ def check_config(config: Config) -> None:
                 raise UserError(f"{flag(f.name)} {v}: must be {' or '.join(choices)}")
             if low is not None and not low <= v <= (math.inf if high is None else high) or isinstance(v, float) and not math.isfinite(v):
                 raise UserError(f"{flag(f.name)} {v}: must be at least {low}" + ("" if high is None else f" and at most {high}"))
-    levels, rungs = len(config.ch_mult), max(config.rungs, 3)
+    levels = len(config.ch_mult)
+    sides = [config.size >> level for level in range(levels)]
     for wrong, message in (
         (not levels, "--ch-mult: name one multiplier or more, as 1,2,2,2"),
         (levels and config.size % 2 ** (levels - 1), f"--size {config.size}: must be a multiple of 2^{levels - 1}, as --ch-mult names {levels} resolutions"),
+        (set(config.attention) - set(sides), f"--attention {','.join(map(str, config.attention))}: the feature maps have the sides {', '.join(map(str, sides))}"),
         (config.ch % 4, f"--ch {config.ch}: must be a multiple of 4"),
         (config.beta_T < config.beta_1, f"--beta-T {config.beta_T}: must be at least --beta-1 ({config.beta_1})"),
         (alpha_bars(config)[-1] < 1e-30, f"--beta-T {config.beta_T}: leaves nothing of the image long before t = T; lower it"),
         (config.sample_steps > config.timesteps, f"--sample-steps {config.sample_steps}: must be at most --timesteps ({config.timesteps})"),
         (config.rungs in (1, 2), f"--rungs {config.rungs}: a ladder takes 3 classes or more, or 0 for all"),
-        (config.ladder == "images" and config.batch < rungs, f"--batch {config.batch}: must hold a ladder of {rungs} images"),
         (config.seed >= 2**63, f"--seed {config.seed}: must be below 2^63"),
     ):
         if wrong:
@@ -1099,19 +1108,22 @@ def write_file(path: Path, write: Callable) -> None:
     """write(file) into a neighbour that then takes path's place: a kill or a full disk leaves the old file whole."""
     neighbour = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(neighbour, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(neighbour, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             neighbour.unlink()
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's word for a full disk
+            raise
         raise cannot_write(path, error) from None
 
 
-def claim(out: Path, space: int = 0):
-    """Make the folder, check that `space` bytes are free in it, and lock it; the lock goes with the process."""
+def lock_folder(out: Path, space: int = 0):
+    """Make the folder, check that `space` bytes are free in it, and lock it: the lock ends with the file returned, or the process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")
@@ -1173,7 +1185,7 @@ def resume(path: Path, config: Config, classes: Classes, model, ema, optimizer) 
     if not path.exists():
         return 0
     state = load_checkpoint(path)
-    pairs = [(flag(f.name), getattr(state["config"], f.name), getattr(config, f.name)) for f in fields(Config) if not f.metadata["free"]]
+    pairs = [(flag(f.name), getattr(state["config"], f.name), getattr(config, f.name)) for f in fields(Config) if not f.metadata["may_change"]]
     pairs.append(("the data", state["classes"], classes))
     if differing := [f"{name} (there {there}, now {now})" for name, there, now in pairs if there != now]:
         raise UserError(f"{path.parent}: holds a run with other settings: {', '.join(differing)}: use the same, or another --out")
@@ -1219,16 +1231,15 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
-def draw_sheet(net: Network, classes: Classes, config: Config, path: Path, rows: int = 6) -> None:
+def draw_sheet(net: Network, classes: Classes, config: Config, rows: int = 6) -> Image.Image:
     """A sheet of samples: a column a class, the same starting noise along a row."""
     C = len(classes.names)
-    position, keys = [float(c) for _ in range(rows) for c in range(C)], [(config.seed, row) for row in range(rows) for _ in range(C)]
-    pictures = [to_picture(image) for image in draw_images(net, position, keys, config, net.device)]
-    save_sheet([(name, pictures[c::C]) for c, name in enumerate(classes.names)], config.size, path)
+    drawn = [draw_images(net, [float(c) for c in range(C)], [(config.seed, row)] * C, config, net.device) for row in range(rows)]
+    return sheet_of([(name, [to_picture(row[c]) for row in drawn]) for c, name in enumerate(classes.names)], config.size)
 
 
-def save_sheet(columns: Sequence[tuple[str, Sequence[Image.Image]]], size: int, path: Path) -> None:
-    """Columns of (title, pictures of size x size) as one PNG, small pictures enlarged."""
+def sheet_of(columns: Sequence[tuple[str, Sequence[Image.Image]]], size: int) -> Image.Image:
+    """Columns of (title, pictures of size x size) as one picture, small ones enlarged."""
     scale = max(1, 128 // size)
     cell, top, rows = size * scale + 4, 24, max(len(pictures) for _, pictures in columns)
     sheet = Image.new("RGB", (len(columns) * cell + 4, rows * cell + 4 + top), "white")
@@ -1237,11 +1248,7 @@ def save_sheet(columns: Sequence[tuple[str, Sequence[Image.Image]]], size: int, 
         pen.text((4 + (x + 0.5) * cell, top / 2 + 2), title, "black", font, anchor="mm")
         for y, picture in enumerate(pictures):
             sheet.paste(picture.resize((size * scale,) * 2, Image.Resampling.BICUBIC), (4 + x * cell, 4 + top + y * cell))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path.parent, error) from None
-    write_file(path, lambda file: sheet.save(file, "PNG"))
+    return sheet
 
 
 def parse_severities(text: str, classes: Classes) -> list[tuple[str, float]]:
@@ -1291,68 +1298,78 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
     """
-    if not checkpoint:
-        runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
-        checkpoint = runs[-1] if runs else HERE / "data" / "demo.pt"
-    path = Path(checkpoint, "checkpoint.pt") if Path(checkpoint).is_dir() else Path(checkpoint)
+    path = newest_checkpoint() if not checkpoint else Path(checkpoint, "checkpoint.pt") if Path(checkpoint).is_dir() else Path(checkpoint)
     state = load_checkpoint(path)
     config, classes = replace(state["config"], **changes), state["classes"]
     check_config(config)
-    for name, value in (("-n", n), ("--each", each), ("--batch", batch), ("--seed", seed)):
+    for flag_, value in (("-n", n), ("--each", each), ("--batch", batch), ("--seed", seed)):
         if not 0 <= value < 2**63:
-            raise UserError(f"{name} {value}: must be at least 0 and below 2^63")
-    targets, series = parse_severities(severity, classes), ":" in severity
+            raise UserError(f"{flag_} {value}: must be at least 0 and below 2^63")
     if n and each:
         raise UserError("-n is the number of all images, --each that of each severity: give one of them")
+    wanted, series = parse_severities(severity, classes), ":" in severity
+    counts = [each or (16 if len(wanted) == 1 else 8)] * len(wanted)
     if n:
-        counts = shares(n, [classes.counts[int(i)] if all(j.is_integer() for _, j in targets) else 1 for _, i in targets])
-    else:
-        counts = [each or (16 if len(targets) == 1 else 8)] * len(targets)
+        of_classes = all(position.is_integer() for _, position in wanted)
+        counts = shares(n, [classes.counts[int(position)] if of_classes else 1 for _, position in wanted])
     device, rank, world = start(device)
+    say(f"{path}: step {state['step']:,}, classes {', '.join(classes.names)}")
     model = UNet(config, len(classes.names))
     load_weights(model, state["ema"], path)
     net = Network(model.to(device, memory_format=torch.channels_last).eval(), config, device)
-    name = path.parent.name if path.name == "checkpoint.pt" else path.stem
-    out = Path(out) if out else Path("samples") / (name + "-series" * series)
+    run = path.resolve().parent.name if path.name == "checkpoint.pt" else path.stem
+    out = Path(out) if out else Path("samples") / (run + "-series" * series)
     if rank == 0:
-        held = claim(out)  # kept open: it is the lock
-        note_settings(out, dict(checkpoint=hashlib.sha256(path.read_bytes()).hexdigest(), seed=seed, series=series, sample_steps=config.sample_steps, guidance=config.guidance, eta=config.eta))
-        for name, _ in targets:
-            try:
-                (out / name).mkdir(exist_ok=True)
-            except OSError as error:
-                raise cannot_write(out / name, error) from None
-    wait_for_all(world)
+        lock = lock_folder(out)  # held while it is open
+        weights = hashlib.sha256(b"".join(w.numpy().tobytes() for w in state["ema"].values())).hexdigest()
+        note_settings(out, dict(weights=weights, seed=seed, series=series, sample_steps=config.sample_steps, guidance=config.guidance, eta=config.eta))
+    wait_for_all()
 
-    jobs = [(out / name / f"{i:05d}.png", index, (seed, i) if series else (seed, i, round(index, 6)))
-            for (name, index), count in zip(targets, counts) for i in range(count)]
-    batch = batch or fitting_batch(config, device, world)
-    # Batches are laid out over all jobs, whole and of one size: an image is drawn in the same company whatever is missing.
-    chunks, begun = [jobs[i : i + batch] for i in range(0, len(jobs), batch)][rank::world], time.monotonic()
-    with ThreadPoolExecutor() as pool:  # PNG files are written while the next batch is drawn
-        writing = []
-        for done, chunk in enumerate(chunks, 1):
-            missing = {file for file, *_ in chunk if not file.exists()}
-            if missing:
-                whole = (chunk + chunk[-1:] * batch)[:batch]
-                images = draw_images(net, [index for _, index, _ in whole], [key for *_, key in whole], config, device)
-                for future in writing:
-                    future.result()
-                writing = [pool.submit(write_file, file, partial(to_picture(image).save, format="PNG")) for (file, *_), image in zip(chunk, images) if file in missing]
-            say(f"{min(done * batch * world, len(jobs)):,}/{len(jobs):,} images  {done * batch * world / (time.monotonic() - begun):.1f} images/s",
-                over=done < len(chunks))
-        for future in writing:
-            future.result()
-    wait_for_all(world)
+    jobs = [(out / name / f"{i:05d}.png", position, (seed, i) if series else (seed, i, round(position, 6)))
+            for (name, position), count in zip(wanted, counts) for i in range(count)]
+    draw_missing(net, jobs, min(batch or fitting_batch(config, device, world), len(jobs)), config, device, rank, world)
+    wait_for_all()
     if rank == 0:
-        most = 8 if len(targets) > 1 else 64
-        columns = [(name, [read_image(out / name / f"{i:05d}.png") for i in range(min(count, most))]) for (name, _), count in zip(targets, counts)]
+        most = 8 if len(wanted) > 1 else 64
+        columns = [(name, [read_image(out / name / f"{i:05d}.png") for i in range(min(count, most))]) for (name, _), count in zip(wanted, counts)]
         if len(columns) == 1:  # one severity: a square of its images
             (name, pictures), side = columns[0], math.ceil(math.sqrt(min(counts[0], most)))
             columns = [(name if x == 0 else "", pictures[x::side]) for x in range(side)]
-        save_sheet(columns, config.size, out / "sheet.png")
-        say(f"{len(jobs):,} images of {path} (step {state['step']:,}) are in {out}; {out / 'sheet.png'} shows the first")
+        write_file(out / "sheet.png", partial(sheet_of(columns, config.size).save, format="PNG"))
+        more = len(list(out.glob("*/*.png"))) - len(jobs)
+        say(f"{len(jobs):,} images are in {out}" + (f", beside {more:,} drawn earlier" if more > 0 else "") + f"; {out / 'sheet.png'} shows the first")
     return out
+
+
+def newest_checkpoint() -> Path:
+    """That of the run in runs/ that was saved last, else the one that comes with the program."""
+    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    return runs[-1] if runs else HERE / "data" / "demo.pt"
+
+
+def draw_missing(net: Network, jobs: list[tuple[Path, float, tuple]], batch: int, config: Config, device: torch.device, rank: int, world: int) -> None:
+    """Draw each (file, position, key) whose file is not there, `batch` at a time, the rank-th share of them.
+
+    Batches are laid out over all jobs and always whole, so that an image shares its batch with the same others
+    whatever is missing: not even its rounding changes.
+    """
+    batches, drawn, begun = [jobs[i : i + batch] for i in range(0, len(jobs), batch)][rank::world], 0, time.monotonic()
+    with ThreadPoolExecutor() as pool:  # PNG files are written while the next batch is drawn
+        writing = []
+        for done, jobs_now in enumerate(batches, 1):
+            missing = [not file.exists() for file, *_ in jobs_now]
+            if any(missing):
+                whole = (jobs_now + jobs_now[-1:] * batch)[:batch]
+                images = draw_images(net, [position for _, position, _ in whole], [key for *_, key in whole], config, device)
+                for future in writing:
+                    future.result()
+                writing = [pool.submit(write_file, file, partial(to_picture(image).save, format="PNG"))
+                           for (file, *_), image, absent in zip(jobs_now, images, missing) if absent]
+                drawn += sum(missing) * world
+            say(f"{min(done * batch * world, len(jobs)):,}/{len(jobs):,} images  {drawn / (time.monotonic() - begun):.1f} images/s",
+                over=done < len(batches))
+        for future in writing:
+            future.result()
 
 
 def note_settings(out: Path, settings: dict) -> None:
@@ -1380,7 +1397,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    return tuple(int(part) for part in text.split(",") if text)
 
 
 def add_field(command: Parser, f, **kwargs) -> None:
@@ -1423,7 +1440,7 @@ def parser() -> Parser:
     return top
 
 
-def stop(number, frame):
+def raise_stopped(number, frame):
     raise Stopped(number)
 
 
@@ -1431,7 +1448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit status: 0, 2 for what the user can mend, 130 and 143 for Ctrl-C and SIGTERM."""
     args = vars(parser().parse_args(argv))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+        signal.signal(number, raise_stopped)
     try:
         if args.pop("command") == "train":
             given = {k: v for k, v in args.items() if v is not None}

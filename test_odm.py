@@ -235,10 +235,10 @@ def test_weight_zero_is_the_plain_diffusion_model_bit_by_bit():
             if ladder == "by hand":
                 a = alpha_bar[batch.t][:, None, None, None]
                 x_t = a.sqrt().float() * x_0 + (1 - a).sqrt().float() * eps
-                label = torch.where(batch.label == 4, 4, labels[batch.index])
+                label = torch.where(batch.row_label == 4, 4, labels[batch.index])
                 loss = ((eps - model(x_t, batch.t, label)) ** 2).flatten(1).mean(1).mul(1 / 8).sum()
             else:
-                assert len(batch.ladder) == 0 and len(batch.image) == 8 and len(set(batch.noise.tolist())) == 8
+                assert len(batch.ladder) == 0 and len(batch.row_image) == 8 and len(set(batch.noise_index.tolist())) == 8
                 loss = odm.total_loss(model, x_0, eps, batch, alpha_bar, config)[0]
             optimizer.zero_grad()
             loss.backward()
@@ -257,16 +257,16 @@ def test_total_loss_is_equation_8(ladder, spacing):
     model = lambda x, t, c, image=None: 0.5 * x + direction[c] * (1 + t[:, None, None, None] / 50)
     for step in range(4):
         batch = made.draw(step)
-        x_0, eps = noise(13, 3, 8, 8, seed=step), noise(13, 3, 8, 8, seed=50 + step)[batch.noise]
+        x_0, eps = noise(13, 3, 8, 8, seed=step), noise(13, 3, 8, 8, seed=50 + step)[batch.noise_index]
         dm, ordinal, count = 0.0, 0.0, 0
-        estimate = lambda row: model(odm.q_sample(x_0[i := batch.image[row]][None], batch.t[i][None], eps[i][None], alpha_bar),
-                                     batch.t[i][None], batch.label[row][None])[0]
+        estimate = lambda row: model(odm.q_sample(x_0[i := batch.row_image[row]][None], batch.t[i][None], eps[i][None], alpha_bar),
+                                     batch.t[i][None], batch.row_label[row][None])[0]
         for b in range(13):
             dm += batch.weight[b].item() * ((eps[b] - estimate(b)) ** 2).mean().item()
         for rungs, severity in zip(batch.ladder, batch.severity):
-            if 4 in batch.label[rungs]:
+            if 4 in batch.row_label[rungs]:
                 continue  # the null class has no place on the ladder
-            t = batch.t[batch.image[rungs]]
+            t = batch.t[batch.row_image[rungs]]
             assert len(set(t.tolist())) == 1
             stack = torch.stack([estimate(row) for row in rungs])[None].double()
             ordinal += t[0].item() / 50 * loop_ordinal(stack, severity=severity[None] if spacing else None).item()
@@ -285,16 +285,16 @@ def test_ladders_of_labels_show_one_image_under_ascending_classes():
     seen = set()
     for step in range(40):
         b = made.draw(step)
-        assert len(b.index) == 32 and len(b.image) == 32 + 8 * 2 and b.ladder.shape == (8, 3)
+        assert len(b.index) == 32 and len(b.row_image) == 32 + 8 * 2 and b.ladder.shape == (8, 3)
         for rungs, severity, weight in zip(b.ladder, b.severity, b.ladder_weight):
-            assert len(set(b.image[rungs].tolist())) == 1
-            own, classes = labels[b.index[b.image[rungs[0]]]].item(), severity.int().tolist()
+            assert len(set(b.row_image[rungs].tolist())) == 1
+            own, classes = labels[b.index[b.row_image[rungs[0]]]].item(), severity.int().tolist()
             assert classes == sorted(set(classes)) and own in classes
-            shown = b.label[rungs].tolist()
+            shown = b.row_label[rungs].tolist()
             assert (weight == 0) == (4 in shown)
             assert shown == [4 if (c == own and weight == 0) else c for c in classes]
             seen.add(tuple(classes))
-        assert len(set(b.image[b.ladder[:, 0]].tolist())) == 8
+        assert len(set(b.row_image[b.ladder[:, 0]].tolist())) == 8
         assert abs(b.ladder_weight.sum().item() - 1) < 1e-6
     assert seen == set(itertools.combinations(range(4), 3))
 
@@ -303,12 +303,12 @@ def test_ladders_of_images_share_noise_and_time():
     made, labels = batches(ladder="images", batch=32, class_dropout=0.2)
     for step in range(20):
         b = made.draw(step)
-        assert b.ladder.shape == (10, 3) and torch.equal(b.image, torch.arange(32))
+        assert b.ladder.shape == (10, 3) and torch.equal(b.row_image, torch.arange(32))
         for rungs, severity, weight in zip(b.ladder, b.severity, b.ladder_weight):
-            assert len(set(b.noise[rungs].tolist())) == 1 and len(set(b.t[rungs].tolist())) == 1
+            assert len(set(b.noise_index[rungs].tolist())) == 1 and len(set(b.t[rungs].tolist())) == 1
             assert labels[b.index[rungs]].tolist() == severity.int().tolist() == sorted(set(severity.int().tolist()))
-            assert (weight == 0) == (4 in b.label[rungs].tolist())
-        assert len(set(b.noise[30:].tolist()) | set(b.noise[b.ladder[:, 0]].tolist())) == 12  # all others are apart
+            assert (weight == 0) == (4 in b.row_label[rungs].tolist())
+        assert len(set(b.noise_index[30:].tolist()) | set(b.noise_index[b.ladder[:, 0]].tolist())) == 12  # all others are apart
 
 
 @pytest.mark.parametrize("ladder", ["labels", "images"])
@@ -328,7 +328,7 @@ def test_a_coin_for_each_image_and_every_t():
     dropped, times = [], set()
     for step in range(200):
         b = made.draw(step)
-        dropped.append((b.label == 4).double().mean().item())
+        dropped.append((b.row_label == 4).double().mean().item())
         times |= set(b.t.tolist())
     assert abs(np.mean(dropped) - 0.25) < 0.02 and 0.03 < np.std(dropped) < 0.08  # binomial: sqrt(.25 * .75 / 64) = 0.054
     assert times == set(range(1, 51))
@@ -342,9 +342,9 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(ladder, world):
     direction, images, eps = noise(5, 3, 8, 8, seed=7), noise(100, 3, 8, 8, seed=1), noise(24, 3, 8, 8, seed=2)
     model = lambda x, t, c, image: 0.5 * x + direction[c] * (1 + t[:, None, None, None] / 50)
     whole = made.draw(5)
-    expected = odm.total_loss(model, images[whole.index], eps[whole.noise], whole, alpha_bar, config)
+    expected = odm.total_loss(model, images[whole.index], eps[whole.noise_index], whole, alpha_bar, config)
     parts = [whole.part(rank, world) for rank in range(world)]
-    sums = [odm.total_loss(model, images[p.index], eps[p.noise], p, alpha_bar, config) for p in parts]
+    sums = [odm.total_loss(model, images[p.index], eps[p.noise_index], p, alpha_bar, config) for p in parts]
     assert sum(len(p.ladder) for p in parts) == len(whole.ladder) and min(len(p.index) for p in parts) > 0
     for i in range(3):
         assert abs(sum(s[i].item() for s in sums) - expected[i].item()) < 1e-5
@@ -486,15 +486,16 @@ def test_unet_output_is_near_zero_at_first_and_depends_on_all_its_inputs_later()
 
 
 def test_downsampling_pads_right_and_below_only():
-    down = odm.Down(1)
-    torch.nn.init.zeros_(down.conv.weight)
+    down = odm.down(1)
+    conv = down[1]
+    torch.nn.init.zeros_(conv.weight)
     with torch.no_grad():
-        down.conv.weight[0, 0, 0, 0] = 1  # picks the upper left pixel of each 3x3 window
+        conv.weight[0, 0, 0, 0] = 1  # picks the upper left pixel of each 3x3 window
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    assert down(x, None, None).view(-1).tolist() == [0, 2, 8, 10]
+    assert down(x).view(-1).tolist() == [0, 2, 8, 10]
     with torch.no_grad():
-        down.conv.weight[0, 0] = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 1.0]])  # the lower right one
-    assert down(x, None, None).view(-1).tolist() == [10, 0, 0, 0]
+        conv.weight[0, 0] = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 1.0]])  # the lower right one
+    assert down(x).view(-1).tolist() == [10, 0, 0, 0]
 
 
 def test_time_embedding():
@@ -957,7 +958,7 @@ def test_two_processes_are_one(graded, tmp_path):
         process = command(*how, "train", *settings, "--data", graded, "--out", tmp_path / name, env=environment)
         assert "trained to step 6" in process.communicate(timeout=120)[0]
         process = command(*how, "sample", "--checkpoint", tmp_path / "one", "-n", 20, "--batch", 4, "--out", tmp_path / f"{name} samples", env=environment)
-        assert process.communicate(timeout=120)[0].count("20 images of") == 1
+        assert process.communicate(timeout=120)[0].count("20 images are in") == 1
     one, two = (np.genfromtxt(tmp_path / name / "metrics.csv", delimiter=",", skip_header=1) for name in ("one", "two"))
     assert np.nanmax(np.abs(one - two)) < 1e-5 and one.shape == (6, 7)
     pngs = sorted((tmp_path / "one samples").rglob("*.png"))
@@ -967,10 +968,10 @@ def test_two_processes_are_one(graded, tmp_path):
 
 
 def test_a_second_run_on_the_same_folder_is_kept_out(graded, tmp_path, capsys):
-    lock = odm.claim(tmp_path / "run")
+    lock = odm.lock_folder(tmp_path / "run")
     assert "another process is writing there" in error_of(capsys, "train", *flags(TINY), "--data", graded, "--out", tmp_path / "run")
     lock.close()
-    odm.claim(tmp_path / "run").close()
+    odm.lock_folder(tmp_path / "run").close()
 
 
 def test_no_space_for_a_checkpoint(graded, run, tmp_path, capsys, monkeypatch):
