@@ -11,9 +11,9 @@
 Where the paper's equations are:
 
     Eq. 1  the forward process, x_{t-1} -> x_t     alpha_bars, q_sample (t steps in one)
-    Eq. 2  one step of the backward process        ddim_sample (with eta = 1 and steps = T)
+    Eq. 2  one step of the backward process        ddim_sample (eta = 1, steps = T, clip = False)
     Eq. 3  L_DM, the loss of a diffusion model     dm_loss
-    Eq. 4  the order of the noise estimates        ordinal_loss = 0 (or all of them are equal)
+    Eq. 4  the order of the noise estimates        what ordinal_loss = 0 means
     Eq. 5  L_ordinal, the ordinal relationship     ordinal_loss
     Eq. 6  d, the distance of two noise estimates  noise_distance
     Eq. 7  three estimates on a line, in order     straightness (= 1); guided_eps (severity 1.5)
@@ -21,8 +21,11 @@ Where the paper's equations are:
 
 and its symbols: x_0 a clean image in [-1, 1], x_t the same after t of T noising steps, eps the noise
 in it, eps_hat the network's estimate eps_theta(x_t, t, c), c a class, p < q < r three classes in
-ascending severity, K the number of classes seen together in one "ladder" (3 in the paper's loss).
+ascending severity. A "ladder" is K noise estimates of K ascending classes (K = 3 in the paper's loss).
+In the shapes: B images in a batch, R rows of the network, G ladders, C classes, D = 3HW entries of an image.
 Classes are counted from 0: the paper's class c has index c - 1. Index C is the null class of guidance.
+
+The mathematics and the network come first; then data, training, the machine, files, sampling, the command line.
 """
 
 from __future__ import annotations
@@ -108,7 +111,7 @@ class Config:
     # training
     batch: int = setting(32, "images a step, over all processes (paper)", low=1)
     steps: int = setting(200_000, "training steps (paper)", low=1, may_change=True)
-    lr: float = setting(1e-4, "Adam's learning rate (paper)", low=0.0)
+    lr: float = setting(1e-4, "Adam's learning rate, constant after the warm-up (paper)", low=0.0, may_change=True)
     warmup: int = setting(5000, "steps of linear warm-up (Ho et al.)", low=0)
     clip: float = setting(1.0, "limit of the gradient's norm (Ho et al.)", low=1e-8)
     ema: float = setting(0.9999, "decay of the averaged weights that sampling uses (Ho et al.)", low=0.0, high=1.0)
@@ -116,7 +119,7 @@ class Config:
     # sampling, for the sheets drawn while training and as the default of `sample`
     sample_steps: int = setting(100, "DDIM steps (paper)", low=1, may_change=True)
     guidance: float = setting(2.0, "scale s of classifier-free guidance (paper); 1 is none", low=0.0, may_change=True)
-    eta: float = setting(0.0, "0: DDIM as in the paper; 1: ancestral, whose fresh noise mends the errors of a young network", low=0.0, high=1.0, may_change=True)
+    eta: float = setting(0.0, "0: DDIM as in the paper; 1: ancestral, whose fresh noise corrects errors of a briefly trained network", low=0.0, high=1.0, may_change=True)
     # machinery
     log_every: int = setting(100, "steps between measurements of straightness", low=1)
     save_every: int = setting(2000, "steps between checkpoints", low=1, may_change=True)
@@ -164,18 +167,18 @@ def noise_distance(a: Tensor, b: Tensor, distance: str = "euclidean") -> Tensor:
     """d(a, b) of Eq. 6 between noise estimates: (G, ...) and (G, ...) -> (G,).
 
     `euclidean` is the root mean square of a - b, `squared` its mean square, the norm printed in Eq. 6.
-    Means over the D entries in place of sums divide Eq. 8 by D as a whole (euclidean): the balance of
-    its terms is the same at any image size. For `squared` they divide L_ordinal by D^2 but L_DM by D: the
-    balance as printed needs --ordinal D (12,288 at 64x64).
+    Both are means over the D entries, not sums, and so is L_DM. With `euclidean`, that divides L_DM and
+    L_ordinal by D alike: Eq. 8 keeps its balance, at any image size. With `squared` it divides L_ordinal
+    by D^2: the balance as printed takes --ordinal D (12,288 at 64x64).
     """
     difference = (a - b).flatten(1)
     if distance == "squared":
         return difference.square().mean(1)
-    return torch.linalg.vector_norm(difference, dim=1) / math.sqrt(difference.shape[1])  # gradient at 0 is 0
+    return torch.linalg.vector_norm(difference, dim=1) / math.sqrt(difference.shape[1])  # its gradient at 0 is 0, not nan
 
 
 def ladder_distances(eps_hat: Tensor, distance: str) -> dict[tuple[int, int], Tensor]:
-    """d of every pair p < q of the K estimates in each ladder: eps_hat (G, K, ...) -> {(p, q): (G,)}."""
+    """d of every pair of places p < q among the K of each ladder: eps_hat (G, K, ...) -> {(p, q): (G,)}."""
     eps_hat = eps_hat.to(torch.promote_types(eps_hat.dtype, torch.float32))  # also under bfloat16 autocast
     pairs = itertools.combinations(range(eps_hat.shape[1]), 2)
     return {(p, q): noise_distance(eps_hat[:, p], eps_hat[:, q], distance) for p, q in pairs}
@@ -489,7 +492,7 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-            sixteen_bits = image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG"
+            sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
             if image.mode in ("I", "F") and not sixteen_bits:
                 raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16")
             image = ImageOps.exif_transpose(image)
@@ -791,7 +794,7 @@ def measure_ladder(model: UNet, images: Tensor, alpha_bar: Tensor, n: int = 16) 
 
 def training_step(net: Network, ema: UNet, optimizer, images: Tensor, batch: Batch, alpha_bar: Tensor, config: Config,
                   step: int, rank: int = 0, world: int = 1) -> Tensor:
-    """One step of Adam on Eq. 8, on the `rank`-th part of a batch. Returns (4,): L_total, L_DM, ordinal part, gradient norm."""
+    """One step of Adam on Eq. 8, on the `rank`-th part of a batch. Returns (4,): L_total, L_DM, lambda_t L_ordinal, gradient norm."""
     x_0 = to_unit(images[batch.index]).to(memory_format=torch.channels_last)
     x_0 = torch.where(batch.flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
     torch.manual_seed(seed_of("eps", config.seed, step))  # drawn whole in every process: the same eps for any number of them
@@ -814,7 +817,7 @@ def training_step(net: Network, ema: UNet, optimizer, images: Tensor, batch: Bat
 def train(config: Config) -> Path:
     """Train, or resume, the run in config.out and return that folder: checkpoint.pt, metrics.csv, sheets.
 
-    Under torchrun the batch is divided among the processes: the losses are those of one process.
+    Under torchrun the batch is divided among the processes: the losses equal those of a run with one process.
     """
     check_config(config)
     device, rank, world = start(config.device)
@@ -866,7 +869,7 @@ def train(config: Config) -> Path:
             if step % config.save_every == 0 or done:
                 log.flush()  # before saving: it refuses losses that are not finite
                 save_checkpoint(out / "checkpoint.pt", config, classes, model, ema, optimizer, step)
-            if config.sheet_every and step % config.sheet_every == 0 or step == config.steps:
+            if step == config.steps or (config.sheet_every and step % config.sheet_every == 0):
                 sheet = draw_sheet(Network(ema, replace(config, compile="off"), device), classes, config)
                 for path in (out / "sheets" / f"{step:06d}.png", out / "sheet.png"):
                     write_file(path, partial(sheet.save, format="PNG"))
@@ -929,7 +932,7 @@ class Network:
 
     def __init__(self, model: UNet, config: Config, device: torch.device):
         self.module, self.num_classes, self.device, self.run = model, model.num_classes, device, model
-        if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
             try:
                 torch.compile(torch.sin)(torch.zeros(8, device=device))  # is there a compiler at all?
                 self.run = torch.compile(model)
@@ -940,7 +943,7 @@ class Network:
         else:
             features = getattr(torch.cpu, "get_capabilities", dict)()  # of this processor
             native = device.type == "cpu" and (features.get("amx_bf16") or features.get("avx512_bf16"))
-        self.bfloat16 = config.precision == "bfloat16" or config.precision == "auto" and bool(native)
+        self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and bool(native))
 
     def __call__(self, *args) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -1030,23 +1033,27 @@ class StopSignals:
         return self.number > 0
 
 
+class Progress:
+    open = False  # is a line of progress on the screen
+    shown = -math.inf  # when the last one was printed
+
+
 def say(line: str, over: bool = False) -> None:
     """Print a line, from the first process alone.
 
     over: a line of progress. On a terminal the next one replaces it; elsewhere one in 20 seconds is shown.
     """
-    if int(os.environ.get("RANK", 0)) > 0 or over and not sys.stdout.isatty() and time.monotonic() - say.at < 20:
+    terminal = sys.stdout.isatty()
+    if int(os.environ.get("RANK", 0)) > 0 or (over and not terminal and time.monotonic() < Progress.shown + 20):
         return
-    if over and sys.stdout.isatty():
+    if over:
+        Progress.shown = time.monotonic()
+    if over and terminal:
         width = shutil.get_terminal_size().columns - 1
-        line, end = "\r" + line[:width].ljust(width), ""
+        print("\r" + line[:width].ljust(width), end="", flush=True)
     else:
-        line, end = "\n" * say.open + line, "\n"
-    print(line, end=end, flush=True)
-    say.open, say.at = not end, time.monotonic() if over else say.at
-
-
-say.open, say.at = False, -math.inf  # is a line of progress on the screen; when the last one was printed
+        print("\n" * Progress.open + line, flush=True)
+    Progress.open = over and terminal
 
 
 # --------------------------------------------------------------------- checkpoints and files
@@ -1059,7 +1066,7 @@ def first_line(error: BaseException) -> str:
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is how torch or numpy, on a GPU or a CPU, say that memory ran out."""
     words = r"out of memory|not enough memory|allocate memory|ALLOC_FAILED"
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
 
 
 def flag(name: str) -> str:
@@ -1074,7 +1081,7 @@ def check_config(config: Config) -> None:
         for v in value if isinstance(value, tuple) else (value,):
             if choices and v not in choices:
                 raise UserError(f"{flag(f.name)} {v}: must be {' or '.join(choices)}")
-            if low is not None and not low <= v <= (math.inf if high is None else high) or isinstance(v, float) and not math.isfinite(v):
+            if (low is not None and not low <= v <= (math.inf if high is None else high)) or (isinstance(v, float) and not math.isfinite(v)):
                 raise UserError(f"{flag(f.name)} {v}: must be at least {low}" + ("" if high is None else f" and at most {high}"))
     levels = len(config.ch_mult)
     sides = [config.size >> level for level in range(levels)]
@@ -1393,7 +1400,7 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line, exit status 2."""
 
     def error(self, message: str):
-        self.exit(2, f"odm.py: error: {' '.join(message.split())}; see python odm.py --help\n")
+        self.exit(2, f"odm.py: error: {' '.join(message.split())}; see python {self.prog} --help\n")
 
 
 def ints(text: str) -> tuple[int, ...]:

@@ -560,8 +560,8 @@ def test_resumed_training_equals_undisturbed_training(graded, tmp_path, ladder, 
 
 
 def test_another_setting_does_not_resume(run, graded, capsys):
-    line = error_of(capsys, "train", *flags(TINY), "--data", graded, "--out", run, "--lr", "0.5", "--ladder", "images")
-    assert "--lr (there 0.001, now 0.5)" in line and "--ladder (there labels, now images)" in line
+    line = error_of(capsys, "train", *flags(TINY), "--data", graded, "--out", run, "--ema", "0.5", "--ladder", "images")
+    assert "--ema (there 0.9999, now 0.5)" in line and "--ladder (there labels, now images)" in line
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(ladder="images"), dict(ordinal=0.0), dict(spacing=True, rungs=0)])
