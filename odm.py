@@ -1324,7 +1324,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     model = UNet(config, len(classes.names))
     load_weights(model, state["ema"], path)
     net = Network(model.to(device, memory_format=torch.channels_last).eval(), config, device)
-    run = path.resolve().parent.name if path.name == "checkpoint.pt" else path.stem
+    run = path.resolve().parent.name + ("" if path.name == "checkpoint.pt" else f"-{path.stem}")
     out = Path(out) if out else Path("samples") / (run + "-series" * series)
     if rank == 0:
         lock = lock_folder(out)  # held while it is open
@@ -1437,7 +1437,7 @@ def parser() -> Parser:
     s.add_argument("--checkpoint", default="", metavar="FILE", help="a checkpoint or the folder of a run [the newest in runs/, else data/demo.pt]")
     s.add_argument("-n", type=int, default=0, metavar="N", help="images in all, classes at their training frequencies")
     s.add_argument("--each", type=int, default=0, metavar="N", help="images of each severity [16 for one severity, else 8]")
-    s.add_argument("--out", default="", metavar="DIR", help="[samples/NAME, after the run; samples/NAME-series for a series]")
+    s.add_argument("--out", default="", metavar="DIR", help="[samples/NAME, after the run; NAME-series for a series]")
     s.add_argument("--seed", type=int, default=0, metavar="N", help="image i of a class depends on (seed, class, i) alone [0]")
     s.add_argument("--batch", type=int, default=0, metavar="N", help="images drawn together [16 on a CPU; on a GPU what its memory holds, up to 256]")
     s.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, ... [auto]")

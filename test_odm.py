@@ -764,6 +764,16 @@ def test_sample_folders_and_sheet(run, tmp_path):
     assert Image.open(ladder / "sheet.png").size == (7 * 132 + 4, 2 * 132 + 4 + 24)
 
 
+def test_the_checkpoint_that_comes_along_draws_rising_severity(tmp_path, monkeypatch):
+    assert (HERE / "data" / "demo.pt").stat().st_size < 5e6
+    monkeypatch.chdir(tmp_path)  # no runs here
+    out = odm.sample(severity="0:3:3", each=6, sample_steps=20)
+    assert out == Path("samples/data-demo-series")
+    drawn = [np.stack([np.array(Image.open(p)).transpose(2, 0, 1) for p in sorted((out / name).glob("*.png"))]) for name in ("Mayo 0", "Mayo 3")]
+    mild, severe = (np.median(demo.measure(images)) for images in drawn)
+    assert mild < 1 and severe > 2
+
+
 def test_seeds_of_different_purposes_and_numbers_differ():
     keys = [("a",), ("a", 0), ("a", 0, 0), ("b", 0), ("a", 1), ("a", 2**32), ("a", 0, 1), ("a", 2**32, 5), ("a", 1, 5)]
     assert len({odm.seed_of(*key) for key in keys}) == len(keys) and all(0 <= odm.seed_of(*key) < 2**63 for key in keys)
