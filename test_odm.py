@@ -559,6 +559,14 @@ def test_resumed_training_equals_undisturbed_training(graded, tmp_path, ladder, 
     assert [r.split(",")[0] for r in rows] == ["step", *map(str, range(1, 7))]
 
 
+def test_a_run_goes_on_with_more_steps_and_a_lower_rate(graded, tmp_path):
+    config = odm.Config(**{**TINY, "steps": 2}, data=str(graded), out=str(tmp_path / "run"))
+    odm.train(config)
+    odm.train(replace(config, steps=4, lr=1e-4))
+    state = state_of(tmp_path / "run")
+    assert state["step"] == 4 and state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-4)
+
+
 def test_another_setting_does_not_resume(run, graded, capsys):
     line = error_of(capsys, "train", *flags(TINY), "--data", graded, "--out", run, "--ema", "0.5", "--ladder", "images")
     assert "--ema (there 0.9999, now 0.5)" in line and "--ladder (there labels, now images)" in line
