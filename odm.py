@@ -241,19 +241,6 @@ class Batch:
     def to(self, device) -> Batch:
         return Batch(**{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
 
-    def part(self, rank: int, world: int) -> Batch:
-        """The share of one of `world` processes. No ladder is split; weights stay those of the whole."""
-        _, unit = torch.unique(self.noise_index, return_inverse=True)  # images that share a noise stay together
-        mine = unit * world // (unit.max() + 1) == rank
-        rows = mine[self.row_image]  # the rows that show my images
-        ladders = rows[self.ladder[:, 0]]
-        new_image, new_row = mine.cumsum(0) - 1, rows.cumsum(0) - 1  # old number -> new number
-        return Batch(
-            index=self.index[mine], flip=self.flip[mine], noise_index=self.noise_index[mine], t=self.t[mine], weight=self.weight[mine],
-            row_image=new_image[self.row_image[rows]], row_label=self.row_label[rows],
-            ladder=new_row[self.ladder[ladders]], ladder_weight=self.ladder_weight[ladders], severity=self.severity[ladders],
-        )
-
 
 def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_bar: Tensor, config: Config):
     """L_total = L_DM + W lambda_t L_ordinal of Eq. 8, lambda_t = t / T: scalars (L_total, L_DM, lambda_t L_ordinal).
@@ -856,7 +843,7 @@ def train(config: Config) -> Path:
     with StopSignals() as signals:
         done = False
         while not done:
-            batch = batches.draw(step).part(rank, world).to(device)
+            batch = part_of(batches.draw(step), rank, world).to(device)
             losses = training_step(net, ema, optimizer, images, batch, alpha_bar, config, step, rank, world)
             step += 1
             done = step == config.steps or signals.agreed(step, device, world)
@@ -992,6 +979,20 @@ def least(number: int, device: torch.device, world: int) -> int:
         dist.all_reduce(shared, dist.ReduceOp.MIN)
         number = int(shared)
     return number
+
+
+def part_of(batch: Batch, rank: int, world: int) -> Batch:
+    """The share of one of `world` processes. No ladder is split; weights stay those of the whole."""
+    _, unit = torch.unique(batch.noise_index, return_inverse=True)  # images that share a noise stay together
+    mine = unit * world // (unit.max() + 1) == rank
+    rows = mine[batch.row_image]  # the rows that show my images
+    ladders = rows[batch.ladder[:, 0]]
+    new_image, new_row = mine.cumsum(0) - 1, rows.cumsum(0) - 1  # old number -> new number
+    return Batch(
+        index=batch.index[mine], flip=batch.flip[mine], noise_index=batch.noise_index[mine], t=batch.t[mine], weight=batch.weight[mine],
+        row_image=new_image[batch.row_image[rows]], row_label=batch.row_label[rows],
+        ladder=new_row[batch.ladder[ladders]], ladder_weight=batch.ladder_weight[ladders], severity=batch.severity[ladders],
+    )
 
 
 def add_up(tensors: list[Tensor]) -> None:
@@ -1305,7 +1306,9 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
     """
-    path = newest_checkpoint() if not checkpoint else Path(checkpoint, "checkpoint.pt") if Path(checkpoint).is_dir() else Path(checkpoint)
+    path = Path(checkpoint or newest_checkpoint())
+    if path.is_dir():
+        path = path / "checkpoint.pt"
     state = load_checkpoint(path)
     config, classes = replace(state["config"], **changes), state["classes"]
     check_config(config)

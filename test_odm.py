@@ -343,7 +343,7 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(ladder, world):
     model = lambda x, t, c, image: 0.5 * x + direction[c] * (1 + t[:, None, None, None] / 50)
     whole = made.draw(5)
     expected = odm.total_loss(model, images[whole.index], eps[whole.noise_index], whole, alpha_bar, config)
-    parts = [whole.part(rank, world) for rank in range(world)]
+    parts = [odm.part_of(whole, rank, world) for rank in range(world)]
     sums = [odm.total_loss(model, images[p.index], eps[p.noise_index], p, alpha_bar, config) for p in parts]
     assert sum(len(p.ladder) for p in parts) == len(whole.ladder) and min(len(p.index) for p in parts) > 0
     for i in range(3):
