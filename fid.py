@@ -495,16 +495,8 @@ def real_features(args: argparse.Namespace, network: Inception, sha256: str) -> 
     images, labels, _ = odm.load_images(args.real, args.size, args.crop, args.order)
     x = extract(images.split(args.batch), len(images), network, "real")
     if args.real_stats:
-        write_whole(args.real_stats, lambda file: np.savez(file, source=json.dumps(source), features=x.numpy()))
+        odm.write_file(Path(args.real_stats), lambda file: np.savez(file, source=json.dumps(source), features=x.numpy()))
     return x, labels
-
-
-def write_whole(file: str, write: Callable) -> None:
-    """write(stream) to a neighbour that then takes the file's place: whole, or not at all."""
-    partial = Path(f"{file}.partial")
-    with open(partial, "wb") as stream:
-        write(stream)
-    partial.replace(file)
 
 
 def load_stats(file: str, source: dict) -> Tensor:
@@ -703,7 +695,7 @@ def plot(file: str, result: dict) -> None:
     notes = ["n = " + " / ".join(str(r[g]["n_fake"]) for r in rows.values() if g in r) + "*" * few[g] for g in groups]
     title = f"FID, {result['settings']['dims']} dimensions" + ", * biased upward" * any(few.values())
     image = draw_bars(title, groups, notes, series)
-    write_whole(file, lambda out: image.save(out, format="PNG"))
+    odm.write_file(Path(file), lambda out: image.save(out, format="PNG"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -718,7 +710,7 @@ def main(argv: list[str] | None = None) -> int:
         print(report(result))
         if args.json:
             text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-            write_whole(args.json, lambda out: out.write(text.encode()))
+            odm.write_file(Path(args.json), lambda out: out.write(text.encode()))
         if args.plot:
             plot(args.plot, result)
         return 0

@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import filecmp
 import hashlib
 import itertools
@@ -107,12 +108,14 @@ class Config:
     ch_mult: tuple = setting((1, 2, 2, 2), "channel multiplier of each resolution (Ho et al.)", low=1)
     blocks: int = setting(2, "residual blocks at each resolution (Ho et al.)", low=1)
     attention: tuple = setting((16,), "sides of the feature maps with self-attention (Ho et al.)", low=1)
+    groups: int = setting(32, "groups of each normalisation (Ho et al.); a narrow network needs few, to carry mean colour", low=1)
     dropout: float = setting(0.1, "dropout in the residual blocks (Ho et al.)", low=0.0, high=0.99)
     # training
     batch: int = setting(32, "images a step, over all processes (paper)", low=1)
     steps: int = setting(200_000, "training steps (paper)", low=1, may_change=True)
-    lr: float = setting(1e-4, "Adam's learning rate, constant after the warm-up (paper)", low=0.0, may_change=True)
+    lr: float = setting(1e-4, "Adam's learning rate (paper)", low=0.0)
     warmup: int = setting(5000, "steps of linear warm-up (Ho et al.)", low=0)
+    decay: float = setting(0.0, "part of the steps, the last, in which the rate falls linearly to 0 (none: Ho et al.)", low=0.0, high=1.0)
     clip: float = setting(1.0, "limit of the gradient's norm (Ho et al.)", low=1e-8)
     ema: float = setting(0.9999, "decay of the averaged weights that sampling uses (Ho et al.)", low=0.0, high=1.0)
     seed: int = setting(0, "a batch is a function of (seed, step)", low=0)
@@ -130,8 +133,8 @@ class Config:
 
 
 # Small enough for two cores and a few minutes: 32x32 images, 1.1 M parameters.
-SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0, batch=16, steps=800,
-             lr=2e-3, warmup=100, ema=0.999, sample_steps=50, eta=1.0, log_every=50, save_every=100, sheet_every=400)
+SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(8,), groups=2, dropout=0.0, batch=8, steps=1600, lr=4e-3,
+             warmup=100, decay=0.5, ema=0.999, sample_steps=50, eta=1.0, log_every=100, save_every=200, sheet_every=800)
 
 
 # --------------------------------------------------------------------- forward process (Eq. 1)
@@ -409,10 +412,9 @@ class UNet(nn.Module):
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
         ch, c_emb, side = config.ch, 4 * config.ch, config.size
-        groups = math.gcd(32, ch // 4)  # 32 at ch = 128, as published; fewer where they would hold less than 4 channels
 
         def block(c_in: int, c_out: int, attention: bool) -> Block:
-            return Block(c_in, c_out, c_emb, groups, config.dropout, attention)
+            return Block(c_in, c_out, c_emb, config.groups, config.dropout, attention)
 
         self.ch, self.num_classes = ch, num_classes
         self.time = nn.Sequential(glorot(nn.Linear(ch, c_emb)), nn.SiLU(), glorot(nn.Linear(c_emb, c_emb)))
@@ -437,7 +439,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(up(c))
                 side *= 2
-        self.norm_out, self.conv_out = norm(c, groups), conv(c, 3, gain=NEARLY_ZERO)
+        self.norm_out, self.conv_out = norm(c, config.groups), conv(c, 3, gain=NEARLY_ZERO)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor, row_image: Tensor | None = None) -> Tensor:
         """x_t (B, 3, H, W), t (B,) long in 1..T, c (B,) long in 0..C, C being the null class -> (B, 3, H, W).
@@ -794,8 +796,9 @@ def training_step(net: Network, ema: UNet, optimizer, images: Tensor, batch: Bat
     if world > 1:
         add_up([losses, *(p.grad for p in parameters)])
     norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+    left = (config.steps - step) / max(config.decay * config.steps, 1)
     for group in optimizer.param_groups:
-        group["lr"] = config.lr * min(1, (step + 1) / max(config.warmup, 1))
+        group["lr"] = config.lr * min(1, (step + 1) / max(config.warmup, 1), left)
     optimizer.step()
     ema_update(ema, net.module, config.ema, step + 1)
     return torch.cat([losses, norm[None]])
@@ -929,7 +932,7 @@ class Network:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             features = getattr(torch.cpu, "get_capabilities", dict)()  # of this processor
-            native = device.type == "cpu" and (features.get("amx_bf16") or features.get("avx512_bf16"))
+            native = device.type == "cpu" and features.get("amx_bf16")  # with avx512_bf16 alone a step takes 1.5 times float32's
         self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and bool(native))
 
     def __call__(self, *args) -> Tensor:
@@ -951,11 +954,21 @@ def start(name: str) -> tuple[torch.device, int, int]:
         raise UserError(f"--device {name}: {first_line(error)}") from None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # all batches have one shape: let it look for the fastest kernels
+    else:
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return device, rank, world
+
+
+def keep_freed_memory() -> None:
+    """glibc gives freed blocks of 32 MB and more back at once; having them anew for each tensor costs up to 40 % of a step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never given back
 
 
 def fitting_batch(config: Config, device: torch.device, world: int) -> int:
@@ -1090,7 +1103,7 @@ def check_config(config: Config) -> None:
         (not levels, "--ch-mult: name one multiplier or more, as 1,2,2,2"),
         (levels and config.size % 2 ** (levels - 1), f"--size {config.size}: must be a multiple of 2^{levels - 1}, as --ch-mult names {levels} resolutions"),
         (set(config.attention) - set(sides), f"--attention {','.join(map(str, config.attention))}: the feature maps have the sides {', '.join(map(str, sides))}"),
-        (config.ch % 4, f"--ch {config.ch}: must be a multiple of 4"),
+        (config.ch % math.lcm(4, config.groups), f"--ch {config.ch}: must be a multiple of 4 and of --groups ({config.groups})"),
         (config.beta_T < config.beta_1, f"--beta-T {config.beta_T}: must be at least --beta-1 ({config.beta_1})"),
         (alpha_bars(config)[-1] < 1e-30, f"--beta-T {config.beta_T}: leaves nothing of the image long before t = T; lower it"),
         (config.sample_steps > config.timesteps, f"--sample-steps {config.sample_steps}: must be at most --timesteps ({config.timesteps})"),
@@ -1109,7 +1122,7 @@ def draw_demo(root: Path) -> None:
 
 def cannot_write(path: Path, error: BaseException) -> UserError:
     reason = getattr(error, "strerror", None) or first_line(error)
-    return UserError(f"{path}: cannot be written ({reason}): free some space there or choose another --out; what was saved before is intact")
+    return UserError(f"{path}: cannot be written ({reason}): free some space there or choose another place; what was saved before is intact")
 
 
 def write_file(path: Path, write: Callable) -> None:
@@ -1331,8 +1344,10 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     out = Path(out) if out else Path("samples") / (run + "-series" * series)
     if rank == 0:
         lock = lock_folder(out)  # held while it is open
-        weights = hashlib.sha256(b"".join(w.numpy().tobytes() for w in state["ema"].values())).hexdigest()
-        note_settings(out, dict(weights=weights, seed=seed, series=series, sample_steps=config.sample_steps, guidance=config.guidance, eta=config.eta))
+        weights = hashlib.sha256()
+        for w in state["ema"].values():
+            weights.update(w.numpy().tobytes())
+        note_settings(out, dict(weights=weights.hexdigest(), seed=seed, series=series, sample_steps=config.sample_steps, guidance=config.guidance, eta=config.eta))
     wait_for_all()
 
     jobs = [(out / name / f"{i:05d}.png", position, (seed, i) if series else (seed, i, round(position, 6)))

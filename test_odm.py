@@ -2,7 +2,7 @@
 
     python -m pytest -q test_odm.py
     python test_odm.py bench                                # speed and memory of the paper's settings
-    python test_odm.py bench --preset small --rounds 20     # any flags of `odm.py train`
+    python test_odm.py bench --preset small --rounds 20     # any flags of `odm.py train`; --diffusers: beside that package
 """
 
 import csv
@@ -39,7 +39,7 @@ if __name__ != "__main__":  # networks of the tests are too small to share; on a
 spec = importlib.util.spec_from_file_location("demo", HERE / "data" / "demo.py")
 demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
-TINY = dict(size=8, ch=8, ch_mult=(1, 2), blocks=1, attention=(4,), timesteps=50, batch=8, steps=6, warmup=2, lr=1e-3,
+TINY = dict(size=8, ch=8, groups=2, ch_mult=(1, 2), blocks=1, attention=(4,), timesteps=50, batch=8, steps=6, warmup=2, lr=1e-3,
             sample_steps=4, log_every=2, save_every=2, sheet_every=0, device="cpu")
 
 
@@ -465,7 +465,7 @@ def test_unet_has_the_published_number_of_parameters():
 
 
 def test_attention_is_at_16_and_in_the_middle():
-    model, sides = odm.UNet(odm.Config(ch=8), 4), []
+    model, sides = odm.UNet(odm.Config(ch=8, groups=2), 4), []
     for module in model.modules():
         if isinstance(module, odm.Attention):
             module.register_forward_hook(lambda m, args, out: sides.append(out.shape[-1]))
@@ -559,12 +559,13 @@ def test_resumed_training_equals_undisturbed_training(graded, tmp_path, ladder, 
     assert [r.split(",")[0] for r in rows] == ["step", *map(str, range(1, 7))]
 
 
-def test_a_run_goes_on_with_more_steps_and_a_lower_rate(graded, tmp_path):
-    config = odm.Config(**{**TINY, "steps": 2}, data=str(graded), out=str(tmp_path / "run"))
-    odm.train(config)
-    odm.train(replace(config, steps=4, lr=1e-4))
-    state = state_of(tmp_path / "run")
-    assert state["step"] == 4 and state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-4)
+def test_the_learning_rate_rises_stays_and_falls(graded, tmp_path):
+    """Also in a run that goes on with more steps."""
+    config = odm.Config(**{**TINY, "lr": 1e-3, "warmup": 2, "decay": 0.5}, data=str(graded), out=str(tmp_path / "run"))
+    for steps, part in ((1, 0.5), (2, 1.0), (3, 2 / 3), (4, 0.5), (8, 0.25)):
+        odm.train(replace(config, steps=steps))
+        state = state_of(tmp_path / "run")
+        assert state["step"] == steps and state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3 * part)
 
 
 def test_another_setting_does_not_resume(run, graded, capsys):
@@ -1811,53 +1812,100 @@ def clock(device) -> float:
     return time.perf_counter()
 
 
+def of_diffusers(config):
+    """(step, sample) with diffusers' UNet2DModel of the same architecture, used as its users use it: float32, default Adam."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    sides = [config.size >> level for level in range(len(config.ch_mult))]
+    kinds = ["Attn" * (side in config.attention) for side in sides]
+    torch.manual_seed(0)
+    device, *_ = odm.start(config.device)
+    model = UNet2DModel(
+        sample_size=config.size, layers_per_block=config.blocks, block_out_channels=[config.ch * m for m in config.ch_mult],
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds], up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        attention_head_dim=None, norm_num_groups=config.groups, dropout=config.dropout, num_class_embeds=5,
+    ).to(device)
+    optimizer, abar = torch.optim.Adam(model.parameters(), lr=1e-4), odm.alpha_bars(config).float().to(device)
+    x_0, labels = torch.randn(config.batch, 3, config.size, config.size, device=device), torch.arange(config.batch, device=device) % 4
+    scheduler = DDIMScheduler(config.timesteps, config.beta_1, config.beta_T)
+
+    def step():
+        model.train()
+        eps, t = torch.randn_like(x_0), torch.randint(config.timesteps, (config.batch,), device=device)
+        loss = torch.nn.functional.mse_loss(model(scheduler.add_noise(x_0, eps, t), t, labels).sample, eps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    @torch.no_grad()
+    def sample(n):
+        model.eval()
+        scheduler.set_timesteps(n)
+        x, c = torch.randn_like(x_0), torch.cat([labels, torch.full_like(labels, 4)])
+        for t in scheduler.timesteps:
+            conditional, null = model(torch.cat([x, x]), t, c).sample.chunk(2)
+            x = scheduler.step(null + config.guidance * (conditional - null), t, x).prev_sample
+        return x
+
+    return model, step, sample
+
+
 def bench(argv) -> None:
     """Training with the plain diffusion model and both readings, in turn, and sampling: medians of alternating rounds."""
+    import argparse
     import resource
     from torch.utils.flop_counter import FlopCounterMode
 
-    at = argv.index("--rounds") if "--rounds" in argv else len(argv)
-    rounds = int((argv[at + 1 : at + 2] or ["5"])[0])
-    args = vars(odm.parser().parse_args(["train", *argv[:at], *argv[at + 2 :]]))
+    own = argparse.ArgumentParser(allow_abbrev=False)
+    own.add_argument("--rounds", type=int, default=5)
+    own.add_argument("--diffusers", action="store_true", help="beside diffusers' UNet2DModel and DDIMScheduler")
+    own, argv = own.parse_known_args(argv)
+    args = vars(odm.parser().parse_args(["train", *argv]))
     preset = [args.pop(name) for name in ("command", "preset")][1]
     config = odm.Config(**{**(odm.SMALL if preset == "small" else {}), **{k: v for k, v in args.items() if v is not None}})
     odm.check_config(config)
     device, *_ = odm.start(config.device)
     images = torch.randint(0, 256, (256, 3, config.size, config.size), dtype=torch.uint8, device=device)
     labels = torch.arange(256) % 4
-    alpha_bar, steps, times = odm.alpha_bars(config).to(device), {}, {}
+    alpha_bar, steps = odm.alpha_bars(config).to(device), {}
     model = odm.UNet(config, 4).to(device, memory_format=torch.channels_last)
     ema = odm.copy.deepcopy(model).eval().requires_grad_(False)
-    net = odm.Network(model, config, device)
+    net, ema_net = odm.Network(model, config, device), odm.Network(ema, config, device)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     for name, changes in (("DM", dict(ordinal=0.0)), ("ODM images", dict(ladder="images")), ("ODM labels", dict(ladder="labels"))):
         variant = replace(config, **changes)
         batch = odm.Batches(variant, labels, [0.0, 1.0, 2.0, 3.0]).draw(0).to(device)
         steps[name] = lambda b=batch, v=variant: odm.training_step(net, ema, optimizer, images, b, alpha_bar, v, 0)
+    n = 4  # of the sampling steps are timed
+    keys, few = [(0, i) for i in range(config.batch)], replace(config, sample_steps=n)
+    draws = {"sample": lambda: odm.draw_images(ema_net, [0.0] * config.batch, keys, few, device)}
+    if own.diffusers:
+        other, steps["diffusers"], sample = of_diffusers(config)
+        draws["sample, diffusers"] = lambda: sample(n)
     with FlopCounterMode(display=False) as counter:
         odm.training_step(odm.Network(model, replace(config, compile="off"), device), ema, optimizer, images,
                           odm.Batches(replace(config, ordinal=0.0), labels, [0.0, 1.0, 2.0, 3.0]).draw(0).to(device), alpha_bar, config, 0)
-    for _ in range(rounds + 1):  # the first round warms up
-        for name, step in steps.items():
+    times = {}
+    for _ in range(own.rounds + 1):  # the first round warms up
+        for name, action in (steps | draws).items():
             begun = clock(device)
-            step()
+            action()
             times.setdefault(name, []).append(clock(device) - begun)
     median = {name: float(np.median(t[1:])) for name, t in times.items()}
     dtype = torch.bfloat16 if net.bfloat16 else torch.float32
     rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
     print(f"{device}, {dtype}, {sum(p.numel() for p in model.parameters()):,} parameters, {config.size}x{config.size}, batch {config.batch}, "
           f"{rate / 1e12:.2f} TFLOP/s in a matrix product")
-    for name, seconds in median.items():
-        print(f"train {name:11s} {config.batch / seconds:8.1f} images/s   {seconds:.4f} s a step, {seconds / median['DM']:.2f} of DM's")
+    if own.diffusers:
+        print(f"diffusers: {sum(p.numel() for p in other.parameters()):,} parameters, float32")
+    for name in steps:
+        print(f"train {name:11s} {config.batch / median[name]:8.1f} images/s   {median[name]:.4f} s a step, {median[name] / median['DM']:.2f} of DM's")
     print(f"train DM: {counter.get_total_flops() / 1e9:,.0f} GFLOP a step, {counter.get_total_flops() / median['DM'] / rate:.0%} of that rate")
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory so far {memory / 2**30:.2f} GiB")
-    ema_net, n = odm.Network(ema, config, device), 4  # steps that are timed
-    draw = lambda: odm.draw_images(ema_net, [0.0] * config.batch, [(0, i) for i in range(config.batch)], replace(config, sample_steps=n), device)
-    draw()
-    begun = clock(device)
-    draw()
-    print(f"sample {config.batch / ((clock(device) - begun) / n * config.sample_steps):.2f} images/s (DDIM-{config.sample_steps}, guidance {config.guidance:g})")
+    for name in draws:
+        print(f"{name} {config.batch / (median[name] / n * config.sample_steps):.2f} images/s (DDIM-{config.sample_steps}, guidance {config.guidance:g})")
 
 
 if __name__ == "__main__":
