@@ -13,7 +13,7 @@ Where the paper's equations are:
     Eq. 1  the forward process, x_{t-1} -> x_t     alpha_bars, q_sample (t steps in one)
     Eq. 2  one step of the backward process        ddim_sample (eta = 1, steps = T, clip = False)
     Eq. 3  L_DM, the loss of a diffusion model     dm_loss
-    Eq. 4  the order of the noise estimates        what ordinal_loss = 0 means
+    Eq. 4  the order of the noise estimates        holds where ordinal_loss = 0 and they differ
     Eq. 5  L_ordinal, the ordinal relationship     ordinal_loss
     Eq. 6  d, the distance of two noise estimates  noise_distance
     Eq. 7  three estimates on a line, in order     straightness (= 1); guided_eps (severity 1.5)
@@ -25,7 +25,7 @@ ascending severity. A "ladder" is K noise estimates of K ascending classes (K = 
 In the shapes: B images in a batch, R rows of the network, G ladders, C classes, D = 3HW entries of an image.
 Classes are counted from 0: the paper's class c has index c - 1. Index C is the null class of guidance.
 
-The mathematics and the network come first; then data, training, the machine, files, sampling, the command line.
+Settings, mathematics and network come first; then data, training, the machine, files, sampling, the command line.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Config:
     beta_T: float = setting(0.02, "noise schedule at t = T (paper)", low=1e-8, high=0.999)
     # losses
     ordinal: float = setting(1.0, "W, a factor on lambda_t; 1 is the paper's Eq. 8, 0 the plain diffusion model", low=0.0)
-    ladder: str = setting("labels", "labels: one x_t under K labels (Fig. 2, Eq. 7); images: K images, one noise (Eqs. 4-6 to the letter)", choices=("labels", "images"))
+    ladder: str = setting("labels", "labels: one x_t under K labels (Fig. 2); images: K images, one noise (Eqs. 4 to 7 to the letter)", choices=("labels", "images"))
     distance: str = setting("euclidean", "d of Eq. 6; squared is the printed form, which contradicts Eq. 7", choices=("euclidean", "squared"))
     spacing: bool = setting(False, "ask also for d(p,q) : d(q,r) = (q-p) : (r-q) (the paper's first future work)")
     rungs: int = setting(3, "K, classes in a ladder; 0: all (ours: 3 is Eq. 5's p, q, r)", low=0)
@@ -108,27 +108,27 @@ class Config:
     ch_mult: tuple = setting((1, 2, 2, 2), "channel multiplier of each resolution (Ho et al.)", low=1)
     blocks: int = setting(2, "residual blocks at each resolution (Ho et al.)", low=1)
     attention: tuple = setting((16,), "sides of the feature maps with self-attention (Ho et al.)", low=1)
-    groups: int = setting(32, "groups of each normalisation (Ho et al.); a narrow network needs few, to carry mean colour", low=1)
+    groups: int = setting(32, "of GroupNorm (Ho et al.); few in a narrow network: each group's mean, and so the colour, is lost", low=1)
     dropout: float = setting(0.1, "dropout in the residual blocks (Ho et al.)", low=0.0, high=0.99)
     # training
     batch: int = setting(32, "images a step, over all processes (paper)", low=1)
     steps: int = setting(200_000, "training steps (paper)", low=1, may_change=True)
     lr: float = setting(1e-4, "Adam's learning rate (paper)", low=0.0)
     warmup: int = setting(5000, "steps of linear warm-up (Ho et al.)", low=0)
-    decay: float = setting(0.0, "part of the steps, the last, in which the rate falls linearly to 0 (none: Ho et al.)", low=0.0, high=1.0)
+    decay: float = setting(0.0, "part of the run, at its end, over which lr falls linearly to 0 (none: Ho et al.)", low=0.0, high=1.0)
     clip: float = setting(1.0, "limit of the gradient's norm (Ho et al.)", low=1e-8)
     ema: float = setting(0.9999, "decay of the averaged weights that sampling uses (Ho et al.)", low=0.0, high=1.0)
-    seed: int = setting(0, "a batch is a function of (seed, step)", low=0)
+    seed: int = setting(0, "batch number i depends on (seed, i) alone", low=0)
     # sampling, for the sheets drawn while training and as the default of `sample`
     sample_steps: int = setting(100, "DDIM steps (paper)", low=1, may_change=True)
     guidance: float = setting(2.0, "scale s of classifier-free guidance (paper); 1 is none", low=0.0, may_change=True)
     eta: float = setting(0.0, "0: DDIM as in the paper; 1: ancestral, whose fresh noise corrects errors of a briefly trained network", low=0.0, high=1.0, may_change=True)
     # machinery
-    log_every: int = setting(100, "steps between measurements of straightness", low=1)
+    log_every: int = setting(100, "steps between measurements of straightness", low=1, may_change=True)
     save_every: int = setting(2000, "steps between checkpoints", low=1, may_change=True)
     sheet_every: int = setting(10_000, "steps between sheets of samples; 0: only at the end", low=0, may_change=True)
     device: str = setting("auto", "cpu, cuda, ...; auto: the GPU if there is one", may_change=True)
-    precision: str = setting("auto", "of the network; losses stay float32. auto: bfloat16 where the processor has it", choices=("auto", "float32", "bfloat16"), may_change=True)
+    precision: str = setting("auto", "of the network; losses stay float32. auto: bfloat16 on a GPU or CPU with units for it (AMX)", choices=("auto", "float32", "bfloat16"), may_change=True)
     compile: str = setting("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"), may_change=True)
 
 
@@ -154,8 +154,8 @@ def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
     x_0, eps: (B, ...); t: (B,) long in 0..T; alpha_bar: (T+1,). At t = 0 it is x_0.
     """
-    a = alpha_bar[t].view(-1, *[1] * (x_0.dim() - 1))
-    return a.sqrt().to(x_0.dtype) * x_0 + (1 - a).sqrt().to(x_0.dtype) * eps
+    abar_t = alpha_bar[t].view(-1, *[1] * (x_0.dim() - 1))
+    return abar_t.sqrt().to(x_0.dtype) * x_0 + (1 - abar_t).sqrt().to(x_0.dtype) * eps
 
 
 # ----------------------------------------------------------------------- losses (Eqs. 3 to 8)
@@ -228,24 +228,25 @@ def straightness(eps_hat: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """What a training step sees: B images of the data set, shown in R >= B rows of the network, and G ladders of K rows."""
+    """A training step's B images, the R >= B rows of the network that show them, and G ladders of K rows."""
 
     index: Tensor  # (B,) images of the data set
     flip: Tensor  # (B,) which of them are mirrored
-    noise_index: Tensor  # (B,) which of the step's eps each takes: all images of an `images` ladder take one
+    noise_index: Tensor  # (B,) which eps of the step each takes: all images of an `images` ladder take one
     t: Tensor  # (B,) timesteps 1..T
     weight: Tensor  # (B,) weights in L_DM, 1/B each or for --balance
     row_image: Tensor  # (R,) which of the B images each row shows; the first B rows show each once
     row_label: Tensor  # (R,) the class each row is shown under, C being the null class
+    row_mask: Tensor  # (R,) which dropout mask of the step each row takes: its image's
     ladder: Tensor  # (G, K) rows, in ascending severity; G = 0 for the plain diffusion model
-    ladder_weight: Tensor  # (G,) weights in L_ordinal: even, 0 where the ladder holds the null class
+    ladder_weight: Tensor  # (G,) weights in L_ordinal: 0 where a ladder holds the null class, else even
     severity: Tensor  # (G, K) of the classes in a ladder
 
     def to(self, device) -> Batch:
         return Batch(**{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
 
 
-def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_bar: Tensor, config: Config):
+def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_bar: Tensor, config: Config) -> tuple[Tensor, ...]:
     """L_total = L_DM + W lambda_t L_ordinal of Eq. 8, lambda_t = t / T: scalars (L_total, L_DM, lambda_t L_ordinal).
 
     One forward pass serves both losses. Its first B rows are the B noised images, each under its own
@@ -255,7 +256,7 @@ def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_ba
     """
     x_t = q_sample(x_0, batch.t, eps, alpha_bar)
     row_t = batch.t[batch.row_image]
-    eps_hat = model(x_t[batch.row_image], row_t, batch.row_label, batch.row_image)
+    eps_hat = model(x_t[batch.row_image], row_t, batch.row_label, batch.row_mask)
     dm = (batch.weight * dm_loss(eps, eps_hat[: len(eps)])).sum()
     if not len(batch.ladder):
         return dm, dm, torch.zeros_like(dm)
@@ -273,8 +274,8 @@ def guided_eps(model: Callable, x_t: Tensor, t: Tensor, severity: Tensor, scale:
     """The noise estimate of a severity, with classifier-free guidance: (B, 3, H, W).
 
     severity: (B,) float in 0..C-1, a class index or a point between two: 1.5 is
-    0.5 eps_1 + 0.5 eps_2, for a network trained with the ordinal loss has them on a line (Eq. 7). Keep it on the CPU: it is
-    looked at to decide which classes are evaluated, all in one batch with the null class.
+    0.5 eps_1 + 0.5 eps_2, as the ordinal loss puts the two on a line with their neighbours (Eq. 7). Keep it on the
+    CPU: it decides which classes are evaluated, all in one batch with the null class.
     eps = eps_null + s (eps_c - eps_null) = s eps_c + (1 - s) eps_null; s = 1 is the conditional model, s = 0
     the unconditional one (Ho & Salimans write w = s - 1).
     """
@@ -292,10 +293,12 @@ def ddim_sample(eps_fn: Callable, x_T: Tensor, alpha_bar: Tensor, steps: int, et
     """Draw x_0 from x_T by DDIM (Song et al. 2021, Eq. 12): (B, ...) -> (B, ...).
 
     eps_fn(x_t, t) estimates the noise, t: (B,) long. `steps` of 1..T, evenly spaced, the first at t = T,
-    the last landing at t = 0 where alpha_bar = 1. eta = 0 is deterministic. eta = 1, steps = T and
-    clip = False is Eq. 2, with beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), the variance of the posterior, for
-    sigma_t^2 (the paper: beta_t), and with sqrt(1 - alpha_bar_t) in the denominator, where the paper prints
-    sqrt(1 - alpha_t). `clip` keeps the estimate of x_0 in [-1, 1]. noise(x) draws z, where eta > 0.
+    the last landing at t = 0 where alpha_bar = 1. eta = 0 is deterministic. `clip` keeps the estimate of x_0
+    in [-1, 1]. noise(x) draws z, where eta > 0.
+
+    eta = 1, steps = T, clip = False is Eq. 2 but for two things. Its denominator reads sqrt(1 - alpha_t), a misprint
+    of sqrt(1 - alpha_bar_t). And sigma_t^2, there beta_t, is the variance of the posterior,
+    beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t).
     """
     times = torch.linspace(len(alpha_bar) - 1, 0, steps + 1).round().long().tolist()
     x = x_T
@@ -307,13 +310,16 @@ def ddim_sample(eps_fn: Callable, x_T: Tensor, alpha_bar: Tensor, steps: int, et
             x_0 = x_0.clamp(-1, 1)
             eps = (x - math.sqrt(abar_t) * x_0) / math.sqrt(1 - abar_t)
         sigma = eta * math.sqrt((1 - abar_u) / (1 - abar_t) * (1 - abar_t / abar_u))
-        x = math.sqrt(abar_u) * x_0 + math.sqrt(1 - abar_u - sigma**2) * eps
+        x = math.sqrt(abar_u) * x_0 + math.sqrt(max(1 - abar_u - sigma**2, 0)) * eps
         if sigma > 0:
             x = x + sigma * noise(x)
     return x
 
 
 # ----------------------------- U-Net of Ho et al. (2020), as published, with a class embedding
+
+
+NEARLY_ZERO = 1e-5  # gain of the last layer of each residual branch (Ho et al.: a variance scale of 1e-10)
 
 
 def glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:
@@ -341,10 +347,6 @@ def norm(channels: int, groups: int) -> nn.Module:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-# Gain of the last layer of each residual branch (Ho et al.: a variance scale of 1e-10): at first a block is the identity.
-NEARLY_ZERO = 1e-5
-
-
 def time_embedding(t: Tensor, ch: int) -> Tensor:
     """[sin, cos] of t at ch/2 frequencies exp(-i ln(10000) / (ch/2 - 1)): (B,) -> (B, ch)."""
     half = ch // 2
@@ -357,18 +359,19 @@ class Dropout(nn.Module):
     """Dropout whose mask belongs to an image, not to a row of the batch.
 
     The rows of a ladder that show one image under K labels share its mask: their estimates then differ
-    by the class alone, not by the noise of K masks, which no loss could put on a line.
+    by the class alone, not by the noise of K masks, which no loss could put on a line. The masks of all
+    B images are drawn in each of several processes, so that an image's does not depend on their number.
     """
 
-    def __init__(self, p: float):
+    def __init__(self, p: float, B: int):
         super().__init__()
-        self.p = p
+        self.p, self.B = p, B
 
-    def forward(self, h: Tensor, row_image: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, row_mask: Tensor | None) -> Tensor:
         if not self.training or self.p == 0:
             return h
-        keep = torch.rand(h.shape, device=h.device) >= self.p
-        return h * (keep if row_image is None else keep[row_image]) / (1 - self.p)
+        masks = torch.rand(len(h) if row_mask is None else self.B, *h.shape[1:], device=h.device) >= self.p
+        return h * (masks if row_mask is None else masks[row_mask]) / (1 - self.p)
 
 
 class Attention(nn.Module):
@@ -390,31 +393,31 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """norm, swish, conv; add the embedding; norm, swish, dropout, conv; add the input; then attention."""
 
-    def __init__(self, c_in: int, c_out: int, c_emb: int, groups: int, dropout: float, attention: bool):
+    def __init__(self, c_in: int, c_out: int, c_emb: int, groups: int, dropout: Dropout, attention: bool):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in, groups), conv(c_in, c_out)
         self.emb = glorot(nn.Linear(c_emb, c_out))
         self.norm2, self.conv2 = norm(c_out, groups), conv(c_out, c_out, gain=NEARLY_ZERO)
-        self.dropout = Dropout(dropout)
+        self.dropout = dropout
         self.shortcut = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out, groups) if attention else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor, row_image: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, row_mask: Tensor | None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.emb(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h)), row_image))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h)), row_mask))
         return self.attention(self.shortcut(x) + h)
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t, c). With the paper's settings: 35,746,307 parameters and the class embedding."""
+    """eps_theta(x_t, t, c). With the paper's settings: 35,746,307 parameters plus the class embedding."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
         ch, c_emb, side = config.ch, 4 * config.ch, config.size
 
         def block(c_in: int, c_out: int, attention: bool) -> Block:
-            return Block(c_in, c_out, c_emb, config.groups, config.dropout, attention)
+            return Block(c_in, c_out, c_emb, config.groups, Dropout(config.dropout, config.batch), attention)
 
         self.ch, self.num_classes = ch, num_classes
         self.time = nn.Sequential(glorot(nn.Linear(ch, c_emb)), nn.SiLU(), glorot(nn.Linear(c_emb, c_emb)))
@@ -441,21 +444,21 @@ class UNet(nn.Module):
                 side *= 2
         self.norm_out, self.conv_out = norm(c, config.groups), conv(c, 3, gain=NEARLY_ZERO)
 
-    def forward(self, x_t: Tensor, t: Tensor, c: Tensor, row_image: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor, row_mask: Tensor | None = None) -> Tensor:
         """x_t (B, 3, H, W), t (B,) long in 1..T, c (B,) long in 0..C, C being the null class -> (B, 3, H, W).
 
-        row_image (B,) long: which image each row shows, where one is shown several times (see Dropout).
+        row_mask (B,) long: which dropout mask each row takes (see Dropout; none: each its own).
         """
         emb = self.time(time_embedding(t, self.ch)) + self.label(c)
         h = self.conv_in(x_t)
         skips = [h]
         for layer in self.down:
-            h = layer(h, emb, row_image) if isinstance(layer, Block) else layer(h)
+            h = layer(h, emb, row_mask) if isinstance(layer, Block) else layer(h)
             skips.append(h)
         for block in self.middle:
-            h = block(h, emb, row_image)
+            h = block(h, emb, row_mask)
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], dim=1), emb, row_image) if isinstance(layer, Block) else layer(h)
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb, row_mask) if isinstance(layer, Block) else layer(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -697,12 +700,14 @@ class Batches:
         t = torch.randint(1, config.timesteps + 1, (B,), generator=rng)
         dropped = torch.rand(B, generator=rng) < config.class_dropout  # a coin for each image
         none = torch.zeros(0, self.K, dtype=torch.long)
-        batch = Batch(index, flip, noise_index=torch.arange(B), t=t, weight=torch.full((B,), 1 / B), row_image=torch.arange(B),
-                      row_label=self.labels[index], ladder=none, ladder_weight=none[:, 0], severity=none)
+        each = torch.arange(B)
+        batch = Batch(index, flip, noise_index=each, t=t, weight=torch.full((B,), 1 / B), row_image=each, row_label=self.labels[index],
+                      row_mask=each, ladder=none, ladder_weight=none[:, 0], severity=none)
         if self.with_ladders:
             classes = (self.add_ladders_of_images if config.ladder == "images" else self.add_ladders_of_labels)(batch, rng)
             batch.severity = self.severities[classes]
         batch.row_label[:B][dropped] = C
+        batch.row_mask = batch.row_image
         whole = (batch.row_label[batch.ladder] < C).all(1)
         batch.ladder_weight = whole / whole.sum().clamp(min=1)
         return batch
@@ -718,7 +723,7 @@ class Batches:
         batch.ladder = torch.arange(G * K).view(G, K)
         batch.index[: G * K] = self.pick(classes.flatten(), rng)
         batch.row_label = self.labels[batch.index]
-        batch.noise_index[: G * K] = batch.ladder[:, :1].expand(G, K).flatten()  # all take the first one's
+        batch.noise_index = torch.cat([batch.ladder[:, :1].expand(G, K).flatten(), batch.noise_index[G * K :]])  # all take the first one's
         batch.t = batch.t[batch.noise_index]
         if self.config.balance == "data":  # classes were drawn evenly: weight them back to their frequency
             batch.weight[: G * K] *= C * self.count[classes.flatten()] / len(self.labels)
@@ -727,7 +732,7 @@ class Batches:
     def add_ladders_of_labels(self, batch: Batch, rng: torch.Generator) -> Tensor:
         """One image under its own label, in its row for L_DM, and under K - 1 others, in new rows. Returns the classes (G, K)."""
         B, C, K, part = self.config.batch, len(self.severities), self.K, self.config.ladder_part
-        place = torch.arange(B + 1)
+        place = torch.arange(B + 1, dtype=torch.float64)
         shown = (place * part).long().diff().nonzero().flatten()  # spread evenly, so that every process gets its share
         G, own = len(shown), self.labels[batch.index[shown]][:, None]
         key = torch.rand(G, C, generator=rng).scatter(1, own, -1.0)  # classes in random order, but its own comes first
@@ -781,33 +786,38 @@ def measure_ladder(model: UNet, images: Tensor, alpha_bar: Tensor, n: int = 16) 
     return (straightness(eps_hat).mean().item() if C >= 3 else math.nan), gap
 
 
+def learning_rate(config: Config, step: int) -> float:
+    """Of step 0, 1, ...: rising linearly over the warm-up, then constant, falling linearly to 0 over the part `decay`."""
+    rising = (step + 1) / max(config.warmup, 1)
+    falling = (config.steps - step) / max(config.decay * config.steps, 1)
+    return config.lr * min(1, rising, falling)
+
+
 def training_step(net: Network, ema: UNet, optimizer, images: Tensor, batch: Batch, alpha_bar: Tensor, config: Config,
-                  step: int, rank: int = 0, world: int = 1) -> Tensor:
-    """One step of Adam on Eq. 8, on the `rank`-th part of a batch. Returns (4,): L_total, L_DM, lambda_t L_ordinal, gradient norm."""
+                  step: int, world: int = 1) -> Tensor:
+    """One step of Adam on Eq. 8, on one of `world` parts of a batch. Returns (4,): L_total, L_DM, lambda_t L_ordinal, gradient norm."""
     x_0 = to_unit(images[batch.index]).to(memory_format=torch.channels_last)
     x_0 = torch.where(batch.flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
-    torch.manual_seed(seed_of("eps", config.seed, step))  # drawn whole in every process: the same eps for any number of them
+    torch.manual_seed(seed_of("eps", config.seed, step))  # eps and dropout masks are drawn whole in every process
     eps = torch.randn(config.batch, *x_0.shape[1:], device=x_0.device)[batch.noise_index]
-    torch.manual_seed(seed_of("dropout", config.seed, step, rank))
     losses = total_loss(net, x_0, eps, batch, alpha_bar, config)
     optimizer.zero_grad()
     losses[0].backward()
     losses, parameters = torch.stack(losses).detach(), list(net.module.parameters())
     if world > 1:
         add_up([losses, *(p.grad for p in parameters)])
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-    left = (config.steps - step) / max(config.decay * config.steps, 1)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, config.clip)
     for group in optimizer.param_groups:
-        group["lr"] = config.lr * min(1, (step + 1) / max(config.warmup, 1), left)
+        group["lr"] = learning_rate(config, step)
     optimizer.step()
     ema_update(ema, net.module, config.ema, step + 1)
-    return torch.cat([losses, norm[None]])
+    return torch.cat([losses, grad_norm[None]])
 
 
 def train(config: Config) -> Path:
     """Train, or resume, the run in config.out and return that folder: checkpoint.pt, metrics.csv, sheets.
 
-    Under torchrun the batch is divided among the processes: the losses equal those of a run with one process.
+    Under torchrun the batch is divided among the processes: the losses equal those of one process, to rounding.
     """
     check_config(config)
     device, rank, world = start(config.device)
@@ -847,7 +857,7 @@ def train(config: Config) -> Path:
         done = False
         while not done:
             batch = part_of(batches.draw(step), rank, world).to(device)
-            losses = training_step(net, ema, optimizer, images, batch, alpha_bar, config, step, rank, world)
+            losses = training_step(net, ema, optimizer, images, batch, alpha_bar, config, step, world)
             step += 1
             done = step == config.steps or signals.agreed(step, device, world)
             if rank > 0:
@@ -931,8 +941,8 @@ class Network:
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            features = getattr(torch.cpu, "get_capabilities", dict)()  # of this processor
-            native = device.type == "cpu" and features.get("amx_bf16")  # with avx512_bf16 alone a step takes 1.5 times float32's
+            keep_freed_memory()
+            native = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")  # avx512_bf16 alone is slower than float32
         self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and bool(native))
 
     def __call__(self, *args) -> Tensor:
@@ -954,8 +964,6 @@ def start(name: str) -> tuple[torch.device, int, int]:
         raise UserError(f"--device {name}: {first_line(error)}") from None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # all batches have one shape: let it look for the fastest kernels
-    else:
-        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -996,14 +1004,14 @@ def least(number: int, device: torch.device, world: int) -> int:
 
 def part_of(batch: Batch, rank: int, world: int) -> Batch:
     """The share of one of `world` processes. No ladder is split; weights stay those of the whole."""
-    _, unit = torch.unique(batch.noise_index, return_inverse=True)  # images that share a noise stay together
-    mine = unit * world // (unit.max() + 1) == rank
+    _, group = torch.unique(batch.noise_index, return_inverse=True)  # images that share a noise stay together
+    mine = group * world // (group.max() + 1) == rank
     rows = mine[batch.row_image]  # the rows that show my images
     ladders = rows[batch.ladder[:, 0]]
     new_image, new_row = mine.cumsum(0) - 1, rows.cumsum(0) - 1  # old number -> new number
     return Batch(
         index=batch.index[mine], flip=batch.flip[mine], noise_index=batch.noise_index[mine], t=batch.t[mine], weight=batch.weight[mine],
-        row_image=new_image[batch.row_image[rows]], row_label=batch.row_label[rows],
+        row_image=new_image[batch.row_image[rows]], row_label=batch.row_label[rows], row_mask=batch.row_mask[rows],
         ladder=new_row[batch.ladder[ladders]], ladder_weight=batch.ladder_weight[ladders], severity=batch.severity[ladders],
     )
 
@@ -1107,6 +1115,7 @@ def check_config(config: Config) -> None:
         (config.beta_T < config.beta_1, f"--beta-T {config.beta_T}: must be at least --beta-1 ({config.beta_1})"),
         (alpha_bars(config)[-1] < 1e-30, f"--beta-T {config.beta_T}: leaves nothing of the image long before t = T; lower it"),
         (config.sample_steps > config.timesteps, f"--sample-steps {config.sample_steps}: must be at most --timesteps ({config.timesteps})"),
+        (config.spacing and config.distance == "squared", "--spacing: its shares are of the Euclidean distance; leave --distance squared out"),
         (config.rungs in (1, 2), f"--rungs {config.rungs}: a ladder takes 3 classes or more, or 0 for all"),
         (config.seed >= 2**63, f"--seed {config.seed}: must be below 2^63"),
     ):
@@ -1283,7 +1292,7 @@ def parse_severities(text: str, classes: Classes) -> list[tuple[str, float]]:
         if value in classes.severities:
             index = classes.severities.index(value)
             return classes.names[index], float(index)
-        return f"{value:g}", float(np.interp(value, classes.severities, range(len(classes.names))))
+        return f"{value:.10g}", float(np.interp(value, classes.severities, range(len(classes.names))))
 
     if text == "all":
         return [(name, float(i)) for i, name in enumerate(classes.names)]
@@ -1325,9 +1334,9 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     state = load_checkpoint(path)
     config, classes = replace(state["config"], **changes), state["classes"]
     check_config(config)
-    for flag_, value in (("-n", n), ("--each", each), ("--batch", batch), ("--seed", seed)):
+    for name, value in (("-n", n), ("--each", each), ("--batch", batch), ("--seed", seed)):
         if not 0 <= value < 2**63:
-            raise UserError(f"{flag_} {value}: must be at least 0 and below 2^63")
+            raise UserError(f"{name} {value}: must be at least 0 and below 2^63")
     if n and each:
         raise UserError("-n is the number of all images, --each that of each severity: give one of them")
     wanted, series = parse_severities(severity, classes), ":" in severity
