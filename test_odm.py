@@ -1924,7 +1924,7 @@ def bench(argv) -> None:
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory so far {memory / 2**30:.2f} GiB")
     for name in draws:
-        print(f"{name} {config.batch / (median[name] / n * config.sample_steps):.2f} images/s (DDIM-{config.sample_steps}, guidance {config.guidance:g})")
+        print(f"{name} {config.batch / (median[name] / n * config.sample_steps):.3g} images/s (DDIM-{config.sample_steps}, guidance {config.guidance:g})")
 
 
 if __name__ == "__main__":
