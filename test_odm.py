@@ -871,6 +871,8 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
         "--beta-T": ["train", "--data", graded, "--beta-1", "0.5"],
         "--size 62": ["train", "--data", graded, "--size", "62"],
         "--rungs 2": ["train", "--data", graded, "--rungs", "2"],
+        "--ch 20: must be a multiple of 4 and of --groups (32)": ["train", "--data", graded, "--ch", "20"],
+        "--spacing": ["train", "--data", graded, "--spacing", "--distance", "squared"],
         "--ladder x": ["train", "--data", graded, "--ladder", "x"],
         "--steps": ["train", "--steps", "many"],
         "--device": ["train", "--data", graded, "--device", "abacus"],
