@@ -707,7 +707,6 @@ class Batches:
             classes = (self.add_ladders_of_images if config.ladder == "images" else self.add_ladders_of_labels)(batch, rng)
             batch.severity = self.severities[classes]
         batch.row_label[:B][dropped] = C
-        batch.row_mask = batch.row_image
         whole = (batch.row_label[batch.ladder] < C).all(1)
         batch.ladder_weight = whole / whole.sum().clamp(min=1)
         return batch
@@ -740,7 +739,7 @@ class Batches:
         new = classes != own
         batch.ladder = shown[:, None].repeat(1, K)
         batch.ladder[new] = B + torch.arange(G * (K - 1))
-        batch.row_image = torch.cat([batch.row_image, shown.repeat_interleave(K - 1)])
+        batch.row_image = batch.row_mask = torch.cat([batch.row_image, shown.repeat_interleave(K - 1)])
         batch.row_label = torch.cat([batch.row_label, classes[new]])
         return classes
 

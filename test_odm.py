@@ -1833,20 +1833,18 @@ def clock(device) -> float:
     return time.perf_counter()
 
 
-def of_diffusers(config):
-    """(step, sample) with diffusers' UNet2DModel of the same architecture, used as its users use it: float32, default Adam."""
+def of_diffusers(config, device):
+    """(model, step, sample) with diffusers' UNet2DModel of the same architecture, used as its users use it: float32, default Adam."""
     from diffusers import DDIMScheduler, UNet2DModel
 
     sides = [config.size >> level for level in range(len(config.ch_mult))]
     kinds = ["Attn" * (side in config.attention) for side in sides]
-    torch.manual_seed(0)
-    device, *_ = odm.start(config.device)
     model = UNet2DModel(
         sample_size=config.size, layers_per_block=config.blocks, block_out_channels=[config.ch * m for m in config.ch_mult],
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds], up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
         attention_head_dim=None, norm_num_groups=config.groups, dropout=config.dropout, num_class_embeds=5,
     ).to(device)
-    optimizer, abar = torch.optim.Adam(model.parameters(), lr=1e-4), odm.alpha_bars(config).float().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     x_0, labels = torch.randn(config.batch, 3, config.size, config.size, device=device), torch.arange(config.batch, device=device) % 4
     scheduler = DDIMScheduler(config.timesteps, config.beta_1, config.beta_T)
 
@@ -1902,7 +1900,7 @@ def bench(argv) -> None:
     keys, few = [(0, i) for i in range(config.batch)], replace(config, sample_steps=n)
     draws = {"sample": lambda: odm.draw_images(ema_net, [0.0] * config.batch, keys, few, device)}
     if own.diffusers:
-        other, steps["diffusers"], sample = of_diffusers(config)
+        other, steps["diffusers"], sample = of_diffusers(config, device)
         draws["sample, diffusers"] = lambda: sample(n)
     with FlopCounterMode(display=False) as counter:
         odm.training_step(odm.Network(model, replace(config, compile="off"), device), ema, optimizer, images,
