@@ -824,8 +824,7 @@ def train(config: Config) -> Path:
     out = Path(config.out) if config.out else Path("runs") / root.resolve().name
     if not config.data and rank == 0:
         draw_demo(root)
-    wait_for_all()
-    images, labels, names = load_images(root, config.size, config.crop, config.order, say)
+    images, labels, names = from_first(partial(load_images, root, config.size, config.crop, config.order, say))
     classes = Classes(names, list(rank_classes(set(names), config.order).values()), labels.bincount().tolist())
     if config.ordinal > 0 and len(names) < 3:
         say("two classes only: no triplet p < q < r, so the ordinal loss is off and this is the plain diffusion model")
@@ -985,6 +984,14 @@ def fitting_batch(config: Config, device: torch.device, world: int) -> int:
     one = 2 * 4 * 24 * config.ch * config.size**2  # bytes: with and without class, float32, 24 full maps alive at once
     n = least(torch.cuda.mem_get_info(device)[0] // one, device, world)  # the same in all processes
     return 2 ** int(math.log2(min(max(n, 1), 256)))
+
+
+def from_first(make: Callable):
+    """make() of the first process, handed to all: reading tens of thousands of photographs takes every core there is."""
+    made = [make() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
 def wait_for_all() -> None:
