@@ -704,6 +704,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal can't show must not cost the report
+        torch.set_float32_matmul_precision("highest")  # some machines are set to less, and distances would come out wrong
         result = evaluate(args)
         used = result["settings"]
         print(f"real images at {used['size']}x{used['size']}, {used['dims']} features, weights {used['weights'][:8]}\n")

@@ -215,6 +215,25 @@ def test_losses_are_float32_under_bfloat16():
     assert odm.dm_loss(noise(2, 3, 8, 8), eps_hat[:, 0]).dtype == torch.float32
 
 
+def test_bfloat16_does_not_drown_the_ordinal_loss():
+    """At t = 900 the classes' estimates differ by 0.003; rounded to bfloat16 throughout, L_ordinal comes out ten times too large."""
+    state = odm.load_checkpoint(HERE / "data" / "demo.pt")
+    config = state["config"]
+    model = odm.UNet(config, 4).eval()
+    model.load_state_dict(state["ema"])
+    frames = [demo.draw(*demo.scene(9, i % 4, i), 32) for i in range(8)]
+    x_0, t = odm.to_unit(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)), torch.full((8,), 900)
+    x_t = odm.q_sample(x_0, t, noise(*x_0.shape), odm.alpha_bars(config))
+
+    def loss(precision):
+        net = odm.Network(model, replace(config, precision=precision, compile="off"), torch.device("cpu"))
+        with torch.no_grad():
+            return odm.ordinal_loss(torch.stack([net(x_t, t, torch.full_like(t, c)) for c in range(4)], 1)).mean().item()
+
+    assert loss("bfloat16") == pytest.approx(loss("float32"), rel=0.5)
+    assert loss("bfloat16") != loss("float32")
+
+
 def batches(labels=None, severities=(0, 1, 2, 3), **changes):
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 15 + [3] * 5) if labels is None else labels
     return odm.Batches(odm.Config(**{**TINY, **changes}), labels, list(severities)), labels
@@ -446,6 +465,20 @@ def test_a_severity_between_two_classes_is_on_the_line_between_their_estimates()
     mixed = odm.guided_eps(Formula(), x, t, torch.tensor([1.25, 2.0]), 2.0)
     eps_c = torch.stack([0.75 * eps([1, 1])[0] + 0.25 * eps([2, 2])[0], eps([2, 2])[1]])
     assert max_error(mixed, 2 * eps_c - eps([4, 4])) < 1e-5
+
+
+def test_on_a_line_guidance_asks_for_a_severity_beyond():
+    """Where estimates are even on a line and the null class sits at m, guidance by s draws severity m + s (c - m)."""
+
+    class Line(torch.nn.Module):
+        num_classes = 4
+
+        def forward(self, x, t, c, image=None):
+            return 0.1 * x + torch.where(c == 4, 0.7, c)[:, None, None, None]  # m = 0.7
+
+    x, t = noise(2, 3, 4, 4), torch.tensor([10, 20])
+    guided = odm.guided_eps(Line(), x, t, torch.tensor([1.0, 3.0]), 2.0) - 0.1 * x
+    assert max_error(guided, torch.tensor([1.3, 5.3]).view(2, 1, 1, 1).expand(2, 3, 4, 4)) < 1e-6
 
 
 def test_an_image_is_the_same_in_any_company(run):
@@ -987,6 +1020,14 @@ def test_freed_memory_is_kept():
             "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; before = faults(); bytearray(2**26); print(faults() - before)")
     kept, not_kept = (int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, cwd=HERE).stdout) for how in ("keep", "not"))
     assert kept < 0.1 * not_kept
+
+
+def test_a_batch_too_small_for_its_processes_is_refused(graded, tmp_path, monkeypatch):
+    monkeypatch.setattr(odm, "start", lambda device: (torch.device("cpu"), 0, 3))
+    monkeypatch.setattr(odm, "least", lambda number, device, world: number)
+    config = odm.Config(**{**TINY, "batch": 8, "ladder": "images", "rungs": 4}, data=str(graded), out=str(tmp_path / "run"))
+    with pytest.raises(odm.UserError, match="--batch 8: too few images to divide among 3 processes"):  # two ladders of 4
+        odm.train(config)
 
 
 def test_two_processes_are_one(graded, tmp_path):
