@@ -823,7 +823,7 @@ def test_the_checkpoint_that_comes_along_draws_rising_severity(tmp_path, monkeyp
     assert out == Path("samples/data-demo-series")
     drawn = [np.stack([np.array(Image.open(p)).transpose(2, 0, 1) for p in sorted((out / name).glob("*.png"))]) for name in ("Mayo 0", "Mayo 3")]
     mild, severe = (np.median(demo.measure(images)) for images in drawn)
-    assert mild < 1 and severe > 2
+    assert abs(mild - 0.25) < 0.3 and abs(severe - 2.87) < 0.5  # the medians of real drawings
 
 
 def test_seeds_of_different_purposes_and_numbers_differ():
