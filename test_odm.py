@@ -793,7 +793,7 @@ def test_pixels_are_read_right(tmp_path):
 # --------------------------------------------------------------------------------- command line
 
 
-@pytest.mark.parametrize("gibibytes, images", [(80, 256), (16, 128), (1, 8), (0.01, 1)])
+@pytest.mark.parametrize("gibibytes, images", [(80, 256), (16, 64), (1, 4), (0.01, 1)])
 def test_as_many_images_are_drawn_at_once_as_a_gpu_has_memory_for(monkeypatch, gibibytes, images):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gibibytes * 2**30), 2**40))
     assert odm.fitting_batch(odm.Config(), torch.device("cuda"), 1) == images
