@@ -274,12 +274,11 @@ def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_ba
 def guided_eps(model: Callable, x_t: Tensor, t: Tensor, severity: Tensor, scale: float) -> Tensor:
     """The noise estimate of a severity, with classifier-free guidance: (B, 3, H, W).
 
-    severity: (B,) float in 0..C-1, a class index or a point between two: 1.5 is
-    0.5 eps_1 + 0.5 eps_2, as the ordinal loss puts the two on a line with their neighbours (Eq. 7). Keep it on the
-    CPU: it decides which classes are evaluated, all in one batch with the null class.
+    severity: (B,) float in 0..C-1, a class index or a point between two: 1.5 is 0.5 eps_1 + 0.5 eps_2, on the line of
+    Eq. 7. Keep it on the CPU: it decides which classes are evaluated, in one batch with the null class (unless s = 1).
     eps = eps_null + s (eps_c - eps_null) = s eps_c + (1 - s) eps_null; s = 1 is the conditional model, s = 0
-    the unconditional one (Ho & Salimans write w = s - 1). On the line of Eq. 7, eps_null being at a severity m among
-    the frequent classes, that is the estimate of m + s (c - m): s > 1 draws rare grades more severe than they are.
+    the unconditional one (Ho & Salimans write w = s - 1). If the classes lie evenly on a line and eps_null at their
+    mean m, that is the estimate of m + s (c - m): s > 1 moves each class away from m, severe ones come out too severe.
     """
     share = severity - severity.floor()
     terms = [(severity.floor(), scale * (1 - share)), (severity.ceil(), scale * share),
@@ -333,10 +332,10 @@ def glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:
 
 
 class MainConv(nn.Conv2d):
-    """A convolution on the main path, float32 under bfloat16 autocast too; the residual branches are not.
+    """A convolution outside the residual branches (conv_in, down, up, shortcut, conv_out), float32 even under bfloat16 autocast.
 
     bfloat16 rounds estimates of size 1 by 0.003, and the ordinal loss reads differences of 0.002 to 0.02 between
-    them. With the main path in float32 the error is 0.0005: what the branches add is small.
+    them. Within the branches it rounds relative to what they add, not to the sum: the estimate's error is 0.0005.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -850,7 +849,7 @@ def train(config: Config) -> Path:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     n_parameters = sum(p.numel() for p in model.parameters())
     space = 16 * n_parameters  # 4 bytes each for the weights, their average and Adam's two moments
-    lock = lock_folder(out, space) if rank == 0 else None  # held while it is open
+    lock = lock_folder(out, space) if rank == 0 else None  # held as long as this variable
     step = resume(out / "checkpoint.pt", config, classes, model, ema, optimizer)
     if step != (other := least(step, device, world)):
         raise UserError(f"{out}: one process finds step {step:,} there, another {other:,}; it must be one folder, seen by all")
@@ -864,7 +863,7 @@ def train(config: Config) -> Path:
     images, alpha_bar = images.to(device), alpha_bars(config).to(device)
     batches, net = Batches(config, labels, classes.severities), Network(model, config, device)
     first = batches.draw(0)
-    if first.noise_index.unique().numel() < world:
+    if first.noise_index.unique().numel() < world:  # images that share a noise stay in one process
         raise UserError(f"--batch {config.batch}: too few images to divide among {world} processes; raise it or start fewer")
     if batches.with_ladders and not len(first.ladder):
         raise UserError(f"--batch {config.batch}: has no room for a ladder of {batches.K} {config.ladder}; raise it (or --ladder-part), or pass --ordinal 0")
@@ -883,7 +882,7 @@ def train(config: Config) -> Path:
             due = step % config.log_every == 0 or step == config.steps
             log.add(step, losses, measure_ladder(ema, images, alpha_bar) if due else ())
             if step % config.save_every == 0 or done:
-                log.flush()  # before saving: it refuses losses that are not finite
+                log.flush()  # before saving: it raises where a loss is not finite
                 save_checkpoint(out / "checkpoint.pt", config, classes, model, ema, optimizer, step)
             if step == config.steps or (config.sheet_every and step % config.sheet_every == 0):
                 sheet = draw_sheet(Network(ema, replace(config, compile="off"), device), classes, config)
@@ -1006,7 +1005,7 @@ def fitting_batch(config: Config, device: torch.device, world: int) -> int:
 
 
 def from_first(make: Callable):
-    """make() of the first process, handed to all: reading tens of thousands of photographs takes every core there is."""
+    """make() in the first process, its result sent to all: were each to read the images, they would slow each other down."""
     made = [make() if not dist.is_initialized() or dist.get_rank() == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(made)
@@ -1348,9 +1347,10 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
            batch: int = 0, device: str = "auto", **changes) -> Path:
     """Draw images into OUT/<class>/<i>.png and OUT/sheet.png; what is there already is kept. Returns OUT.
 
-    severity: see parse_severities. n images in all, the classes at their training frequencies (fractions
-    evenly), or `each` of every severity. Image i of a class depends on (seed, class, i) alone; in a series
-    0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
+    checkpoint: none is the newest run's, else data/demo.pt. severity: see parse_severities. n images in all, the classes at
+    their training frequencies (evenly if one lies between classes), or `each` of every severity [16 of one, else 8].
+    Image i of a class depends on (seed, class, i) alone; in a series 0:3:0.25 on (seed, i), so that a row of the sheet
+    shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
     """
     path = Path(checkpoint or newest_checkpoint())
