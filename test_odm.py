@@ -52,6 +52,14 @@ def noise(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def averaged(checkpoint):
+    """(network of four classes with its averaged weights, its settings)."""
+    state = odm.load_checkpoint(checkpoint)
+    model = odm.UNet(state["config"], 4).eval()
+    model.load_state_dict(state["ema"])
+    return model, state["config"]
+
+
 def write_images(root, names_and_counts, size=(12, 10), seed=0, suffix=".png"):
     """A tree of class folders with random images; returns root."""
     rng = np.random.default_rng(seed)
@@ -217,10 +225,7 @@ def test_losses_are_float32_under_bfloat16():
 
 def test_bfloat16_does_not_drown_the_ordinal_loss():
     """At t = 900 the classes' estimates differ by 0.003; rounded to bfloat16 throughout, L_ordinal comes out ten times too large."""
-    state = odm.load_checkpoint(HERE / "data" / "demo.pt")
-    config = state["config"]
-    model = odm.UNet(config, 4).eval()
-    model.load_state_dict(state["ema"])
+    model, config = averaged(HERE / "data" / "demo.pt")
     frames = [demo.draw(*demo.scene(9, i % 4, i), 32) for i in range(8)]
     x_0, t = odm.to_unit(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)), torch.full((8,), 900)
     x_t = odm.q_sample(x_0, t, noise(*x_0.shape), odm.alpha_bars(config))
@@ -473,7 +478,7 @@ def test_on_a_line_guidance_asks_for_a_severity_beyond():
     class Line(torch.nn.Module):
         num_classes = 4
 
-        def forward(self, x, t, c, image=None):
+        def forward(self, x, t, c):
             return 0.1 * x + torch.where(c == 4, 0.7, c)[:, None, None, None]  # m = 0.7
 
     x, t = noise(2, 3, 4, 4), torch.tensor([10, 20])
@@ -482,10 +487,8 @@ def test_on_a_line_guidance_asks_for_a_severity_beyond():
 
 
 def test_an_image_is_the_same_in_any_company(run):
-    state = odm.load_checkpoint(run / "checkpoint.pt")
-    model = odm.UNet(state["config"], 4).eval()
-    model.load_state_dict(state["ema"])
-    draw = lambda severity, keys, eta: odm.draw_images(model, severity, keys, replace(state["config"], sample_steps=10, eta=eta))
+    model, config = averaged(run / "checkpoint.pt")
+    draw = lambda severity, keys, eta: odm.draw_images(model, severity, keys, replace(config, sample_steps=10, eta=eta))
     for eta in (0.0, 1.0):
         together = draw([0.0, 3.0, 1.5, 2.0], [(0, i) for i in range(4)], eta)
         alone = draw([1.5], [(0, 2)], eta)
