@@ -40,6 +40,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -392,6 +393,36 @@ def ddim(eps_fn: Callable, x: Tensor, alpha_bar: Tensor, times: Sequence[int], e
     return x
 
 
+@torch.no_grad()
+def read_position(model: Callable, x_0: Tensor, alpha_bar: Tensor, seed: int = 0,
+                  shares: Sequence[float] = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)) -> Tensor:
+    """The position on the line of Eq. 7 that explains an image best: x_0 (N, 3, H, W) -> (N,) in 0..C-1.
+
+    A diffusion classifier (Li et al. 2023) that knows fractions. Let r_c = eps - eps_theta(x_t, t, c) be the error
+    of class c and G_cd the mean of r_c r_d over t, eps and entries. Then (1-a) eps_k + a eps_{k+1}, the estimate
+    at position k + a, errs by (1-a)^2 G_kk + 2a(1-a) G_k,k+1 + a^2 G_k+1,k+1, which is least at
+    a = (G_kk - G_k,k+1) / (G_kk - 2 G_k,k+1 + G_k+1,k+1), kept in [0, 1]. The best of the segments k wins.
+
+    t: the shares of T. All images see one eps at each t, and its mirror -eps: the errors' part that is odd in
+    eps cancels. Each t weighs one over its mean error, as normal errors do in a likelihood.
+    """
+    C, N, gram = model.num_classes, len(x_0), 0.0
+    rng = torch.Generator().manual_seed(seed)
+    x_0, c = x_0.repeat(C, 1, 1, 1), torch.arange(C, device=x_0.device).repeat_interleave(N)
+    for share in shares:
+        t = torch.full_like(c, max(1, round(share * (len(alpha_bar) - 1))))
+        drawn = torch.randn(1, *x_0.shape[1:], generator=rng).to(x_0)
+        r = [eps - model(q_sample(x_0, t, eps, alpha_bar), t, c) for eps in (drawn, -drawn)]
+        r = torch.cat(r, dim=1).view(C, N, -1).transpose(0, 1).cpu().double()
+        product = r @ r.mT
+        gram = gram + product / product.diagonal(0, 1, 2).mean(1)[:, None, None]
+    error, cross = gram.diagonal(0, 1, 2), gram.diagonal(1, 1, 2)  # (N, C) and (N, C-1)
+    lower, upper = error[:, :-1], error[:, 1:]
+    a = ((lower - cross) / (lower - 2 * cross + upper)).nan_to_num(0).clamp(0, 1)  # 0 where the two coincide
+    k = ((1 - a) ** 2 * lower + 2 * a * (1 - a) * cross + a**2 * upper).argmin(1, keepdim=True)
+    return (k + a.gather(1, k))[:, 0]
+
+
 # ----------------------------- U-Net of Ho et al. (2020), as published, with a class embedding
 
 NEARLY_ZERO = 1e-5  # gain of the last layer of each residual branch (Ho et al.: a variance scale of 1e-10)
@@ -575,9 +606,14 @@ def read_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path}: not readable as an image ({error}); repair or remove it") from None
 
 
-def read_square(path: str | Path, size: int, crop: int = 0) -> Tensor:
-    """The middle crop x crop pixels of an image file (0: see Config), resized: (3, size, size) uint8."""
+def read_square(path: str | Path, size: int, crop: int = 0, keep: bool = False) -> Tensor:
+    """The middle crop x crop pixels of an image file (0: see Config), resized: (3, size, size) uint8.
+
+    keep: an image that has that size already stays as it is.
+    """
     image = read_image(path)
+    if keep and image.size == (size, size):
+        crop = size
     if crop > min(image.size):
         raise UserError(f"--crop {crop}: {path} has only {image.width}x{image.height} pixels")
     side = crop or (128 if image.size == (352, 288) else min(image.size))  # Section 4.1.1
@@ -600,16 +636,12 @@ def classes_from_csv(root: Path, paths: list[Path], columns: str) -> tuple[dict[
                 for row in table if {id, grade} <= set(table.fieldnames or ()) else ():
                     if row[grade] and grades.setdefault(row[id], row[grade]) != row[grade]:
                         raise UserError(f"{file}: gives {row[id]} a second grade; remove one of the two")
-    if columns and not grades:
-        raise UserError(f"--columns {columns}: no CSV in {root} has these two columns")
     path_of = {str(path.relative_to(root).with_suffix("")): path for path in paths}
     path_of |= {path.stem: path for path in reversed(paths)}
     found = {}
     for id, grade in grades.items():
         if path := path_of.get(id) or path_of.get(os.path.splitext(id)[0]):
             found[path] = grade
-    if grades and not found:
-        raise UserError(f"{root}: none of the {len(grades):,} images that its CSV lists is there")
     missing = len(grades) - len(found)
     return found, f"; {missing:,} of the {len(grades):,} images in the CSV are missing" if grades else ""
 
@@ -662,6 +694,8 @@ def find_images(root: str | Path, order: str = "", columns: str = ""):
     if not paths:
         raise UserError(f"{root}: no images in it ({', '.join(sorted(SUFFIXES))})")
     class_of, remark = classes_from_csv(root, paths, columns)
+    if not class_of and (columns or remark):
+        raise UserError(f"{root}: no CSV with {columns or 'grades'} lists an image that is there{remark}")
     class_of = class_of or classes_from_folders(root, paths, order)
     if not class_of:
         raise UserError(f"{root}: no image has a class; put each in a folder of its class")
@@ -740,7 +774,7 @@ def train(config: Config) -> Path:
     Under torchrun each process draws its share of the batch, and gradients are averaged.
     """
     check_config(config)
-    device, rank, world = start(config.device)
+    device, (rank, world) = start(config.device), rank_and_world()
     root = Path(config.data or HERE / "data" / "demo")
     out = Path(config.out or Path("runs") / root.resolve().name)
     if not config.data and rank == 0:
@@ -856,7 +890,6 @@ def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple
     """
     rngs = [torch.Generator().manual_seed(seed_of("sample", *key)) for key in keys]
     position = torch.tensor(position)
-    times = torch.linspace(config.timesteps, 0, config.sample_steps + 1).round().long().tolist()
 
     def noise(x: Tensor | None = None) -> Tensor:
         drawn = [torch.randn(3, config.size, config.size, generator=rng) for rng in rngs]
@@ -865,7 +898,12 @@ def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple
     def eps_fn(x_t: Tensor, t: Tensor) -> Tensor:
         return guided_eps(model, x_t, t, position, config.guidance)
 
-    return to_uint8(ddim(eps_fn, noise(), alpha_bars(config), times, config.eta, noise=noise)).cpu()
+    return to_uint8(ddim(eps_fn, noise(), alpha_bars(config), ddim_times(config), config.eta, noise=noise)).cpu()
+
+
+def ddim_times(config: Config) -> list[int]:
+    """T ... 0, evenly spaced in --sample-steps steps."""
+    return torch.linspace(config.timesteps, 0, config.sample_steps + 1).round().long().tolist()
 
 
 def draw_sheet(model: UNet, classes: Classes, config: Config, device: torch.device, rows: int = 6):
@@ -897,6 +935,15 @@ def sheet_of(columns: Sequence[tuple[str, Sequence[Tensor]]]) -> Image.Image:
     return sheet
 
 
+def save_series(columns: Sequence[tuple[str, Sequence[Tensor]]], file: Path) -> None:
+    """Columns as for sheet_of, of rising severity, as a moving picture: rows side by side, up and down again."""
+    frames = [sheet_of([(title if x == 0 else "", [picture]) for x, picture in enumerate(pictures)])
+              for title, pictures in columns]
+    frames += frames[-2:0:-1]
+    options = dict(format="GIF", save_all=True, append_images=frames[1:], duration=150, loop=0)
+    write_file(file, partial(frames[0].save, **options))
+
+
 def parse_severities(text: str, classes: Classes) -> dict[str, float]:
     """--class as {name of the folder: position}: all, 3, "Mayo 3", 1.5 (between two classes), 0:3:0.25."""
     positions = {name: float(i) for i, name in enumerate(classes.names)}
@@ -926,19 +973,44 @@ def newest_checkpoint() -> Path:
     return runs[-1] if runs else HERE / "data" / "demo.pt"
 
 
+@dataclass
+class Loaded:
+    """A network ready to draw and read: its settings, classes, device, RUN-STEP and the hash of its weights."""
+
+    model: UNet
+    config: Config
+    classes: Classes
+    device: torch.device
+    name: str
+    sha256: str
+
+
+def load_network(checkpoint: str | Path, device: str, **changes) -> Loaded:
+    """The averaged network of a checkpoint's file or a run's folder [the newest in runs/, else data/demo.pt]."""
+    path, state = load_checkpoint(checkpoint or newest_checkpoint())
+    config, classes = replace(state["config"], **changes), state["classes"]
+    check_config(config)
+    device = start(device)
+    model = build(config, len(classes.names), device).eval()
+    load_weights(path, (model, state["ema"]))
+    say(f"{path}: step {state['step']:,}, classes {', '.join(classes.names)}")
+    run = path.parent.name if path.name == "checkpoint.pt" else f"{path.parent.name}-{path.stem}"
+    sha256 = hashlib.sha256(b"".join(w.numpy().tobytes() for w in state["ema"].values())).hexdigest()
+    return Loaded(model, config, classes, device, f"{run}-{state['step']}", sha256)
+
+
 def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0,
            out: str | Path = "", seed: int = 0, batch: int = 0, device: str = "auto", **changes) -> Path:
     """Draw images into OUT/<class>/<i>.png and OUT/sheet.png; what is there already is kept. Returns OUT.
 
-    checkpoint: a file or a run's folder [newest in runs/, else data/demo.pt]. severity: see parse_severities.
+    checkpoint: see load_network. severity: see parse_severities.
     n images in all, the classes at their training frequencies (evenly if one lies between classes), or `each`
     of every severity [16 of one, else 8]. Image i of a class depends on (seed, class, i) alone; in a series
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
     """
-    path, state = load_checkpoint(checkpoint or newest_checkpoint())
-    config, classes = replace(state["config"], **changes), state["classes"]
-    check_config(config)
+    loaded = load_network(checkpoint, device, **changes)
+    config, classes, device = loaded.config, loaded.classes, loaded.device
     if min(n, each, batch, seed) < 0 or (n and each):
         raise UserError("-n, --each, --batch, --seed: 0 or more, and only one of -n and --each")
     wanted, series = parse_severities(severity, classes), ":" in severity
@@ -947,16 +1019,11 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         whole = all(position.is_integer() for position in wanted.values())
         parts = [classes.counts[int(position)] if whole else 1 for position in wanted.values()]
         counts = np.diff(np.round(n * np.cumsum([0, *parts]) / sum(parts))).astype(int)
-    device, rank, world = start(device)
-    model = build(config, len(classes.names), device).eval()
-    load_weights(path, (model, state["ema"]))
-    say(f"{path}: step {state['step']:,}, classes {', '.join(classes.names)}")
-    run = path.parent.name if path.name == "checkpoint.pt" else f"{path.parent.name}-{path.stem}"
-    out = Path(out or f"samples/{run}-{state['step']}" + "-series" * series)
+    out = Path(out or f"samples/{loaded.name}" + "-series" * series)
+    rank, world = rank_and_world()
     if rank == 0:
         lock = lock_folder(out)  # held as long as this variable
-        weights = hashlib.sha256(b"".join(w.numpy().tobytes() for w in state["ema"].values())).hexdigest()
-        note_settings(out, dict(weights=weights, seed=seed, series=series, guidance=config.guidance,
+        note_settings(out, dict(weights=loaded.sha256, seed=seed, series=series, guidance=config.guidance,
                                 sample_steps=config.sample_steps, eta=config.eta))
     wait_for_all()
 
@@ -964,7 +1031,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
             for (name, position), count in zip(wanted.items(), counts) for i in range(count)]
     if config.compile == "auto" and len(jobs) < 1000:
         config = replace(config, compile="off")  # compiling takes longer than so few images
-    net, progress = compiled(model, config, device), Progress(len(jobs), "images")
+    net, progress = compiled(loaded.model, config, device), Progress(len(jobs), "images")
     batch = min(batch or (16 if device.type == "cpu" else 128), len(jobs))
     for at in range(rank * batch, len(jobs), world * batch):
         # Batches are laid out over all jobs and always whole, so that an image shares its batch with the same
@@ -983,6 +1050,8 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         for name, count in zip(wanted, counts):
             files = [out / name / f"{i:05d}.png" for i in range(min(count, most))]
             columns.append((name, [read_square(file, config.size) for file in files]))
+        if series:
+            save_series(columns, out / "series.gif")
         if len(columns) == 1:  # one severity: a square of its images
             (name, pictures), side = columns[0], math.ceil(math.sqrt(len(columns[0][1])))
             columns = [(name if x == 0 else "", pictures[x::side]) for x in range(side)]
@@ -1000,12 +1069,137 @@ def note_settings(out: Path, settings: dict) -> None:
     write_file(file, lambda stream: stream.write(text.encode()))
 
 
+# ----------------------------------------------------------------- given images: grade and move
+
+
+def given_images(paths: Sequence[str | Path], loaded: Loaded) -> tuple[list[Path], list[str], list[str], Tensor]:
+    """Of image files and folders: (files, what to call each, class it lies under or "", images (N, 3, size, size) uint8).
+
+    That class is its grade in a CSV of the folder, or the nearest folder above that has the name of one.
+    """
+    files, calls, given, config, names = [], [], [], loaded.config, loaded.classes.names
+    for path in (Path(path).resolve() for path in paths):
+        found = list_images(path) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path}: no images in it")
+        table, _ = classes_from_csv(path, found, config.columns) if path.is_dir() else ({}, "")
+        for file in found:
+            folders = [table.get(file), *(folder.name for folder in file.parents)]
+            files.append(file)
+            calls.append("-".join(file.relative_to(path).parts) or file.name)
+            given.append(next((name for name in folders if name in names), ""))
+    progress, images = Progress(len(files), "images opened"), []
+    for file in files:
+        images.append(read_square(file, config.size, config.crop, keep=True))
+        progress.show(len(images))
+    return files, calls, given, torch.stack(images)
+
+
+def read_images(images: Tensor, loaded: Loaded, seed: int, batch: int) -> Tensor:
+    """read_position of uint8 images, a batch at a time: (N, 3, H, W) -> (N,)."""
+    found, progress = [], Progress(len(images), "images read")
+    for part in images.split(batch):
+        found += read_position(loaded.model, to_unit(part).to(loaded.device), alpha_bars(loaded.config), seed)
+        progress.show(len(found))
+    return torch.stack(found)
+
+
+def quadratic_kappa(confusion: Tensor) -> float | None:
+    """Cohen's kappa with weights (i - j)^2 of a (C, C) table of counts: 1 perfect, 0 chance; None for one class."""
+    table = confusion.double()
+    index = torch.arange(len(table), dtype=torch.float64)
+    cost = (index[:, None] - index).square()
+    by_chance = (cost * torch.outer(table.sum(1), table.sum(0))).sum() / table.sum()
+    return (1 - (cost * table).sum() / by_chance).item() if by_chance > 0 else None
+
+
+def grade(images: Sequence[str | Path], checkpoint: str | Path = "", out: str | Path = "", seed: int = 0,
+          batch: int = 16, device: str = "auto") -> None:
+    """Read the severity of image files and folders: a CSV of file, severity, grade (the nearest class) and given.
+
+    It goes to `out`, or else to standard output; what else there is to say, to standard error. Where all images
+    lie under a class (see given_images), so does a comparison: kappa, mean error, a table of given and read.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = load_network(checkpoint, device)
+        files, _, given, pixels = given_images(images, loaded)
+        positions = read_images(pixels, loaded, seed, batch)
+    names, scale = loaded.classes.names, np.array(loaded.classes.severities)
+    severities = np.interp(positions, range(len(names)), scale)
+    nearest = (positions + 0.5).long()
+    table = io.StringIO()
+    rows = csv.writer(table)
+    rows.writerow(["file", "severity", "grade", "given"])
+    for file, severity, c, own in zip(files, severities, nearest, given):
+        rows.writerow([file, f"{severity:.3f}", names[c], own])
+    if out:
+        write_file(Path(out), lambda file: file.write(table.getvalue().encode()))
+    else:
+        print(table.getvalue(), end="")
+    if not all(given):
+        print("some images lie under no class of the checkpoint: no grades to compare with", file=sys.stderr)
+        return
+    own = torch.tensor([names.index(name) for name in given])
+    confusion = torch.zeros(len(names), len(names)).index_put((own, nearest), torch.ones(()), accumulate=True)
+    kappa, error = quadratic_kappa(confusion), abs(severities - scale[own]).mean()
+    print(f"{len(files):,} images, quadratic kappa {kappa or math.nan:.3f}, mean error {error:.3f}", file=sys.stderr)
+    print("\t".join(["given", "read", *names, "mean severity read"]), file=sys.stderr)
+    for c, name in enumerate(names):
+        mean = severities[own == c].mean() if (own == c).any() else math.nan
+        print("\t".join([name, "", *(f"{n:.0f}" for n in confusion[c]), f"{mean:.2f}"]), file=sys.stderr)
+
+
+@torch.no_grad()
+def move(image: str | Path, severity: str = "all", at: str = "", checkpoint: str | Path = "", out: str | Path = "",
+         seed: int = 0, batch: int = 16, device: str = "auto", **changes) -> Path:
+    """Show given images at other severities: OUT/<class>/<name>.png and OUT/sheet.png. Returns OUT.
+
+    Each image is encoded at its own severity (`at`, or else read from it), which leaves in x_T what the class
+    does not explain, and drawn from there at each severity asked for; without guidance both ways.
+    """
+    loaded = load_network(checkpoint, device, **changes)
+    _, calls, _, images = given_images([image], loaded)
+    wanted = parse_severities(severity, loaded.classes)
+    if at:
+        positions = torch.tensor([*parse_severities(at, loaded.classes).values()][:1] * len(images))
+    else:
+        positions = read_images(images, loaded, seed, batch)
+    out = Path(out or f"samples/{loaded.name}-moved")
+    lock = lock_folder(out)  # held as long as this variable
+    alpha_bar, times = alpha_bars(loaded.config), ddim_times(loaded.config)
+    columns, progress = {name: [] for name in wanted}, Progress(len(images), "images moved")
+
+    def at_position(position: Tensor) -> Callable:
+        return lambda x_t, t: guided_eps(loaded.model, x_t, t, position, scale=1.0)
+
+    for part in torch.arange(len(images)).split(batch):
+        x_0 = to_unit(images[part]).to(loaded.device)
+        x_T = ddim(at_position(positions[part].float()), x_0, alpha_bar, times[::-1], clip=False)
+        for name, position in wanted.items():
+            eps_fn = at_position(torch.full((len(part),), position))
+            drawn = to_uint8(ddim(eps_fn, x_T, alpha_bar, times)).cpu()
+            columns[name] += drawn
+            for i, picture in zip(part, drawn):
+                save_picture(to_picture(picture), (out / name / calls[i]).with_suffix(".png"))
+        progress.show(len(columns[name]))
+    columns = [(name, pictures[:8]) for name, pictures in columns.items()]
+    if ":" in severity:
+        save_series(columns, out / "series.gif")
+    save_picture(sheet_of([("given", images[:8]), *columns]), out / "sheet.png")
+    say(f"{len(images):,} images at {len(wanted)} severities are in {out}; {out / 'sheet.png'} shows the first")
+    return out
+
+
 # ------------------------------------------------------------------------- devices, processes
 
 
-def start(name: str) -> tuple[torch.device, int, int]:
-    """(device, rank, world): one process, or one of several under torchrun."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are (under torchrun)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(name: str) -> torch.device:
+    """The device; under torchrun, this process's own, and it joins the others."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -1016,10 +1210,10 @@ def start(name: str) -> tuple[torch.device, int, int]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one shape: look for the fastest kernels
-    if world > 1 and not dist.is_initialized():
+    if rank_and_world()[1] > 1 and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=bound)
-    return device, rank, world
+    return device
 
 
 def build(config: Config, num_classes: int, device: torch.device) -> UNet:
@@ -1086,7 +1280,7 @@ def noted_signals():
 
 def say(line: str) -> None:
     """Print a line, from the first process alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank_and_world()[0] == 0:
         print(line, flush=True)
 
 
@@ -1276,11 +1470,17 @@ def add_fields(command: Parser, names: Sequence[str], **kwargs) -> None:
             command.add_argument(flag(f.name), type=kind, metavar=metavar, help=text, **kwargs)
 
 
+def add_flags(command: Parser, flags: Sequence[tuple[str, type, str]]) -> None:
+    for name, kind, text in flags:
+        dest = "severity" if name == "--class" else name.strip("-")
+        command.add_argument(name, type=kind, metavar="N" if kind is int else "TEXT", help=text, dest=dest)
+
+
 def parser() -> Parser:
     options = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)  # what is not given is not set
     raw = argparse.RawDescriptionHelpFormatter
     top = Parser(prog="odm.py", description=__doc__, formatter_class=raw, **options)
-    commands = top.add_subparsers(dest="command", required=True, metavar="train|sample")
+    commands = top.add_subparsers(dest="command", required=True, metavar="train|sample|grade")
 
     command = commands.add_parser("train", help="train on a folder of graded images, or resume", **options)
     small = ", ".join(f"{name} {value}" for name, value in SMALL.items())
@@ -1288,8 +1488,8 @@ def parser() -> Parser:
                          f"cores and some minutes: {small} [paper with --data, else small]")
     add_fields(command, [f.name for f in fields(Config)])
 
-    command = commands.add_parser("sample", help="draw images from a checkpoint", **options)
-    for name, kind, text in (
+    command = commands.add_parser("sample", help="draw images, or move given ones to other severities", **options)
+    flags = (
         ("--class", str, '3, "Mayo 3", 1.5 (between two), 0:3:0.25 (a series: one noise a row) or all [all]'),
         ("--checkpoint", str, "a checkpoint or the folder of a run [the newest in runs/, else data/demo.pt]"),
         ("-n", int, "images in all, classes at their training frequencies"),
@@ -1298,10 +1498,16 @@ def parser() -> Parser:
         ("--seed", int, "image i of a class depends on (seed, class, i) alone [0]"),
         ("--batch", int, "images drawn together [16 on a CPU, else 128]"),
         ("--device", str, "cpu, cuda, ... [the GPU if there is one]"),
-    ):
-        dest = "severity" if name == "--class" else name.strip("-")
-        command.add_argument(name, type=kind, metavar="N" if kind is int else "TEXT", help=text, dest=dest)
+        ("--image", str, "an image or a folder of them to move to --class [none: images are drawn from noise]"),
+        ("--at", str, "the severity that the images have [read from them]"),
+    )
+    add_flags(command, flags)
     add_fields(command, ["sample_steps", "guidance", "eta", "precision", "compile"])
+
+    command = commands.add_parser("grade", help="read the severity of images", **options)
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and folders of them")
+    flags = [flag for flag in flags if flag[0] in ("--checkpoint", "--seed", "--device")]
+    add_flags(command, [*flags, ("--out", str, "file for the CSV [standard output]"), ("--batch", int, "images at once [16]")])
     return top
 
 
@@ -1309,10 +1515,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit status: 0, 2 for what the user can mend, 130 and 143 for Ctrl-C and SIGTERM."""
     args = vars(parser().parse_args(argv))
     try:
-        if args.pop("command") == "train":
+        command = args.pop("command")
+        if command == "train":
             preset = args.pop("preset", "paper" if args.get("data") else "small")
             train(Config(**{**(SMALL if preset == "small" else {}), **args}))
+        elif command == "grade":
+            grade(**args)
+        elif args.get("image"):
+            if fixed := {"n", "each", "guidance", "eta"} & args.keys():
+                raise UserError(f"--image: goes with none of -n, --each, --guidance, --eta (here {', '.join(fixed)})")
+            move(**args)
+        elif args.get("at"):
+            raise UserError("--at: is the severity of given images; name them with --image")
         else:
+            args.pop("image", 0), args.pop("at", 0)
             sample(**args)
         if dist.is_initialized():
             dist.destroy_process_group()
