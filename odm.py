@@ -944,7 +944,7 @@ def save_series(columns: Sequence[tuple[str, Sequence[Tensor]]], file: Path) -> 
     write_file(file, partial(frames[0].save, **options))
 
 
-def parse_severities(text: str, classes: Classes) -> dict[str, float]:
+def parse_severities(text: str, classes: Classes, flag: str = "--class") -> dict[str, float]:
     """--class as {name of the folder: position}: all, 3, "Mayo 3", 1.5 (between two classes), 0:3:0.25."""
     positions = {name: float(i) for i, name in enumerate(classes.names)}
     if text == "all" or text in positions:
@@ -958,7 +958,7 @@ def parse_severities(text: str, classes: Classes) -> dict[str, float]:
     except (ValueError, OverflowError, ZeroDivisionError):
         severities = []
     if not 1 <= len(severities) <= 1000 or len(rest) > 2 or min(severities) < low or max(severities) > high:
-        raise UserError(f"--class {text}: name one of {', '.join(classes.names)}, a severity from {low:g} to "
+        raise UserError(f"{flag} {text}: name one of {', '.join(classes.names)}, a severity from {low:g} to "
                         f"{high:g}, or FIRST:LAST:STEP, as 0:3:0.25")
     wanted = {}
     for severity in severities:
@@ -1000,7 +1000,8 @@ def load_network(checkpoint: str | Path, device: str, **changes) -> Loaded:
 
 
 def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0,
-           out: str | Path = "", seed: int = 0, batch: int = 0, device: str = "auto", **changes) -> Path:
+           out: str | Path = "", seed: int = 0, batch: int = 0, device: str = "auto", image: str | Path = "",
+           at: str = "", **changes) -> Path:
     """Draw images into OUT/<class>/<i>.png and OUT/sheet.png; what is there already is kept. Returns OUT.
 
     checkpoint: see load_network. severity: see parse_severities.
@@ -1008,7 +1009,12 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     of every severity [16 of one, else 8]. Image i of a class depends on (seed, class, i) alone; in a series
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
+    With image (a file or folder), given images are moved instead: see move.
     """
+    if image and (n or each or {"guidance", "eta"} & changes.keys()) or (at and not image):
+        raise UserError("--image, images to move: goes with --at, and not with -n, --each, --guidance or --eta")
+    if image:
+        return move(image, severity, at, checkpoint, out, seed, batch or 16, device, **changes)
     loaded = load_network(checkpoint, device, **changes)
     config, classes, device = loaded.config, loaded.classes, loaded.device
     if min(n, each, batch, seed) < 0 or (n and each):
@@ -1124,8 +1130,8 @@ def grade(images: Sequence[str | Path], checkpoint: str | Path = "", out: str | 
         loaded = load_network(checkpoint, device)
         files, _, given, pixels = given_images(images, loaded)
         positions = read_images(pixels, loaded, seed, batch)
-    names, scale = loaded.classes.names, np.array(loaded.classes.severities)
-    severities = np.interp(positions, range(len(names)), scale)
+    names, scale = loaded.classes.names, torch.tensor(loaded.classes.severities)
+    severities = torch.tensor(np.interp(positions, range(len(names)), scale))
     nearest = (positions + 0.5).long()
     table = io.StringIO()
     rows = csv.writer(table)
@@ -1141,12 +1147,12 @@ def grade(images: Sequence[str | Path], checkpoint: str | Path = "", out: str | 
         return
     own = torch.tensor([names.index(name) for name in given])
     confusion = torch.zeros(len(names), len(names)).index_put((own, nearest), torch.ones(()), accumulate=True)
-    kappa, error = quadratic_kappa(confusion), abs(severities - scale[own]).mean()
+    kappa, error = quadratic_kappa(confusion), (severities - scale[own]).abs().mean()
     print(f"{len(files):,} images, quadratic kappa {kappa or math.nan:.3f}, mean error {error:.3f}", file=sys.stderr)
     print("\t".join(["given", "read", *names, "mean severity read"]), file=sys.stderr)
     for c, name in enumerate(names):
-        mean = severities[own == c].mean() if (own == c).any() else math.nan
-        print("\t".join([name, "", *(f"{n:.0f}" for n in confusion[c]), f"{mean:.2f}"]), file=sys.stderr)
+        counts = [f"{n:.0f}" for n in confusion[c]]
+        print("\t".join([name, "", *counts, f"{severities[own == c].mean():.2f}"]), file=sys.stderr)
 
 
 @torch.no_grad()
@@ -1161,7 +1167,7 @@ def move(image: str | Path, severity: str = "all", at: str = "", checkpoint: str
     _, calls, _, images = given_images([image], loaded)
     wanted = parse_severities(severity, loaded.classes)
     if at:
-        positions = torch.tensor([*parse_severities(at, loaded.classes).values()][:1] * len(images))
+        positions = torch.tensor([*parse_severities(at, loaded.classes, "--at").values()][:1] * len(images))
     else:
         positions = read_images(images, loaded, seed, batch)
     out = Path(out or f"samples/{loaded.name}-moved")
@@ -1177,16 +1183,17 @@ def move(image: str | Path, severity: str = "all", at: str = "", checkpoint: str
         x_T = ddim(at_position(positions[part].float()), x_0, alpha_bar, times[::-1], clip=False)
         for name, position in wanted.items():
             eps_fn = at_position(torch.full((len(part),), position))
-            drawn = to_uint8(ddim(eps_fn, x_T, alpha_bar, times)).cpu()
+            drawn = to_uint8(ddim(eps_fn, x_T, alpha_bar, times, clip=False)).cpu()  # encoding, undone
             columns[name] += drawn
             for i, picture in zip(part, drawn):
                 save_picture(to_picture(picture), (out / name / calls[i]).with_suffix(".png"))
         progress.show(len(columns[name]))
-    columns = [(name, pictures[:8]) for name, pictures in columns.items()]
+    shown = slice(0, None, math.ceil(len(images) / 8))
+    columns = [(name, pictures[shown]) for name, pictures in columns.items()]
     if ":" in severity:
         save_series(columns, out / "series.gif")
-    save_picture(sheet_of([("given", images[:8]), *columns]), out / "sheet.png")
-    say(f"{len(images):,} images at {len(wanted)} severities are in {out}; {out / 'sheet.png'} shows the first")
+    save_picture(sheet_of([("given", images[shown]), *columns]), out / "sheet.png")
+    say(f"{len(images):,} images at {len(wanted)} severities are in {out}; {out / 'sheet.png'} shows some")
     return out
 
 
@@ -1521,14 +1528,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(Config(**{**(SMALL if preset == "small" else {}), **args}))
         elif command == "grade":
             grade(**args)
-        elif args.get("image"):
-            if fixed := {"n", "each", "guidance", "eta"} & args.keys():
-                raise UserError(f"--image: goes with none of -n, --each, --guidance, --eta (here {', '.join(fixed)})")
-            move(**args)
-        elif args.get("at"):
-            raise UserError("--at: is the severity of given images; name them with --image")
         else:
-            args.pop("image", 0), args.pop("at", 0)
             sample(**args)
         if dist.is_initialized():
             dist.destroy_process_group()

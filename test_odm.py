@@ -8,20 +8,28 @@
 """
 
 import csv
+import hashlib
+import http.server
 import importlib.util
 import itertools
+import json
 import math
 import os
 import pickle
+import random
 import signal
+import subprocess
 import sys
+import threading
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE, Popen
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 
@@ -96,8 +104,9 @@ def error_of(capsys, *argv) -> str:
     except SystemExit as exit:
         status = exit.code
     lines = capsys.readouterr().err.strip().splitlines()
-    assert status == 2 and len(lines) == 1 and lines[0].startswith("odm.py: error: "), (status, lines)
-    return lines[0]
+    own = [line for line in lines if not argv[0] == "grade" or "error" in line]  # grade says the rest there too
+    assert status == 2 and len(own) == 1 and own[0].startswith("odm.py: error: "), (status, lines)
+    return own[0]
 
 
 # ------------------------------------------------------------------------------ forward process
@@ -494,6 +503,133 @@ def test_an_image_is_the_same_in_any_company(run):
         assert len({image.numpy().tobytes() for image in together}) == 4
 
 
+# ------------------------------------------------------------------------------ read and move
+
+
+def test_read_position_is_the_best_of_a_grid():
+    """Of all mixes of neighbours, found here by trying 301 of them, for a model whose estimates are no line."""
+    alpha_bar, direction, x_0 = odm.alpha_bars(odm.Config()), noise(4, 3, 6, 6, seed=3), noise(5, 3, 6, 6, seed=4)
+
+    class Model:
+        num_classes = 4
+
+        def __call__(self, x, t, c):
+            return 0.6 * x + 0.3 * direction[c] * x.square()
+
+    grid, loss = torch.linspace(0, 3, 301), torch.zeros(5, 301)
+    rng = torch.Generator().manual_seed(0)
+    for share in (0.1, 0.6):
+        t, drawn, errors = torch.full((5,), round(1000 * share)), torch.randn(1, 3, 6, 6, generator=rng), []
+        for eps in (drawn, -drawn):
+            x_t = odm.q_sample(x_0, t, eps, alpha_bar)
+            for position in grid:
+                errors.append((eps - odm.guided_eps(Model(), x_t, t, position.expand(5), 1.0)).square().flatten(1).mean(1))
+        errors = torch.stack(errors, 1).view(5, 2, 301).mean(1)
+        loss += errors / errors[:, ::100].mean(1, keepdim=True)
+    found = odm.read_position(Model(), x_0, alpha_bar, shares=(0.1, 0.6))
+    assert max_error(found, grid[loss.argmin(1)]) < 0.006 and found.unique().numel() > 3
+
+
+def test_read_position_with_exact_denoisers_of_gaussians_on_a_line_is_the_projection():
+    """Class c: N(m + c v, s^2). What x_0 has beside the line, and eps, whose mirror is used too, does not matter."""
+    alpha_bar, m, v = odm.alpha_bars(odm.Config()), noise(1, 3, 4, 4, seed=1), noise(1, 3, 4, 4, seed=2)
+
+    class Exact:
+        num_classes = 4
+
+        def __call__(self, x, t, c):
+            return gaussian_denoiser(m + c[:, None, None, None] * v, 0.5, alpha_bar)(x, t)
+
+    x_0 = m + torch.tensor([-1.0, 0.0, 0.4, 1.7, 3.0, 5.0]).view(-1, 1, 1, 1) * v + noise(6, 3, 4, 4, seed=3)
+    projection = ((x_0 - m) * v).flatten(1).sum(1) / v.square().sum()
+    assert max_error(odm.read_position(Exact(), x_0, alpha_bar), projection.clamp(0, 3)) < 1e-4
+    same = lambda x, t, c: 0 * x
+    same.num_classes = 3
+    assert odm.read_position(same, x_0, alpha_bar).tolist() == [0] * 6  # classes that coincide
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Four drawings of each grade that demo.pt has not seen, and their severities."""
+    root = tmp_path_factory.mktemp("fresh")
+    scenes = [(grade, i) for grade in range(4) for i in range(4)]
+    for grade, i in scenes:
+        (root / f"Mayo {grade}").mkdir(exist_ok=True)
+        Image.fromarray(demo.draw(*demo.scene(99, grade, i))).save(root / f"Mayo {grade}" / f"{i}.png")
+    return root, [demo.scene(99, *scene)[0] for scene in scenes]
+
+
+def test_grade_reads_the_severity_of_fresh_drawings(fresh, tmp_path, capsys):
+    root, truth = fresh
+    argv = ["grade", root, "--checkpoint", HERE / "data" / "demo.pt"]
+    assert odm.main([str(a) for a in [*argv, "--out", tmp_path / "grades.csv"]]) == 0
+    said = capsys.readouterr()
+    rows = list(csv.DictReader(open(tmp_path / "grades.csv")))
+    read = [float(row["severity"]) for row in rows]
+    assert np.corrcoef(read, truth)[0, 1] > 0.95 and np.abs(np.subtract(read, truth)).mean() < 0.2
+    assert [row["given"] for row in rows] == [f"Mayo {g}" for g in range(4) for _ in range(4)]
+    assert sum(row["grade"] == row["given"] for row in rows) >= 14
+    assert said.out == "" and "16 images, quadratic kappa" in said.err and "mean severity read" in said.err
+    one = root / "Mayo 2" / "3.png"  # alone, it is read as in company
+    assert odm.main([str(a) for a in ["grade", one, *argv[2:]]]) == 0
+    printed = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert len(printed) == 1 and abs(float(printed[0]["severity"]) - read[11]) < 0.002
+    loose = tmp_path / "x.png"
+    loose.write_bytes(one.read_bytes())
+    assert odm.main(["grade", str(loose), str(one), *map(str, argv[2:])]) == 0
+    assert "no grades to compare with" in capsys.readouterr().err
+
+
+def test_moved_drawings_are_near_their_truth(fresh, tmp_path):
+    """A drawing's scene can be drawn at any severity: the moved one is nearer to that than the given one."""
+    root, truth = fresh
+    folder = tmp_path / "given"
+    scenes = [(grade, i) for grade in range(4) for i in range(2)]
+    for grade, i in scenes:
+        (folder / f"{grade}").mkdir(parents=True, exist_ok=True)
+        (folder / f"{grade}" / f"{i}.png").write_bytes((root / f"Mayo {grade}" / f"{i}.png").read_bytes())
+    out = odm.sample(image=folder, severity="0:2:1", checkpoint=HERE / "data" / "demo.pt", out=tmp_path / "moved", sample_steps=25)
+    pixels = lambda path: odm.read_square(path, 32).float() / 127.5 - 1
+    rms = lambda a, b: (a - b).square().mean().sqrt().item()
+    for target in range(3):
+        moved, unmoved = [], []
+        for grade, i in scenes:
+            state = demo.scene(99, grade, i)[1]
+            Image.fromarray(demo.draw(target, state)).save(tmp_path / "truth.png")
+            moved.append(rms(pixels(out / f"Mayo {target}" / f"{grade}-{i}.png"), pixels(tmp_path / "truth.png")))
+            unmoved.append(rms(pixels(folder / f"{grade}" / f"{i}.png"), pixels(tmp_path / "truth.png")))
+        assert np.mean(moved) < 0.8 * np.mean(unmoved), target
+    with Image.open(out / "series.gif") as series:
+        assert series.n_frames == 4  # 0, 1, 2, 1
+
+
+def test_an_image_drawn_at_its_own_severity_comes_back(fresh, tmp_path):
+    root, _ = fresh
+    for grade in (0, 2):
+        out = odm.sample(image=root / f"Mayo {grade}" / "0.png", severity=str(grade), at=str(grade), sample_steps=50,
+                         checkpoint=HERE / "data" / "demo.pt", out=tmp_path / "back")
+        back, given = odm.read_image(out / f"Mayo {grade}" / "0.png"), odm.read_square(root / f"Mayo {grade}" / "0.png", 32)
+        error = np.asarray(back).transpose(2, 0, 1) - given.numpy().astype(float)
+        assert np.sqrt((error**2).mean()) < 8  # grey levels
+
+
+def test_bad_images_to_read_or_move(run, fresh, tmp_path, capsys):
+    root, _ = fresh
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    model = ["--checkpoint", run]
+    for expected, argv in {
+        "absent.png": ["grade", tmp_path / "absent.png", *model],
+        "no images in it": ["grade", tmp_path / "empty", *model],
+        "bad.png: not readable": ["sample", "--image", tmp_path / "bad.png", *model],
+        "--at 9": ["sample", "--image", root, "--at", "9", *model],
+        "not with -n": ["sample", "--image", root, "-n", "3", *model],
+        "--guidance or --eta": ["sample", "--image", root, "--guidance", "2", *model],
+        "goes with --at": ["sample", "--at", "1", *model],
+    }.items():
+        assert expected in error_of(capsys, *argv), expected
+
+
 # ---------------------------------------------------------------------------------------- U-Net
 
 
@@ -791,9 +927,9 @@ def test_grades_from_a_csv(tmp_path, capsys):
     other = write_images(tmp_path / "other", {"a": 2, "b": 1})
     (other / "t.csv").write_text("path,Mayo\na/a_0.png,1\na/a_1,2\nb_0,3\n")
     assert classes_of(other, columns="path,Mayo") == (["1", "2", "3"], [1, 1, 1])
-    assert "no CSV" in error_of(capsys, "train", "--data", other, "--columns", "path,grade")
+    assert "no CSV with path,grade" in error_of(capsys, "train", "--data", other, "--columns", "path,grade")
     (other / "t.csv").write_text("id_code,diagnosis\nc,1\n")  # APTOS'
-    assert "none of the 1 images" in error_of(capsys, "train", "--data", other)
+    assert "lists an image that is there" in error_of(capsys, "train", "--data", other)
 
 
 def test_order_is_by_number_or_asked_for(tmp_path, capsys):
@@ -1171,3 +1307,582 @@ def test_random_flags_fail_in_one_line(tmp_path, capsys):
         assert error_of(capsys, "train", "--data", tmp_path / "absent", *argv), argv
 
 
+# -------------------------------------------------------------------------------- data/demo.py
+
+
+def one_scene(i, severities, size=32):  # uint8 (N, 3, size, size), the same place at each severity
+    return np.stack([demo.draw(s, demo.scene(1, 0, i)[1], size).transpose(2, 0, 1) for s in severities])
+
+
+def test_a_frame_depends_on_seed_grade_and_number_alone(tmp_path):
+    assert demo.make(tmp_path / "16", 16, seed=3, size=16) == demo.counts(16)
+    assert demo.make(tmp_path / "32", 32, seed=3, size=16) == demo.counts(32)
+    rows = list(csv.reader((tmp_path / "32" / "severity.csv").read_text().splitlines()))
+    assert len(rows) == 1 + 32 == 1 + len(list(tmp_path.glob("32/*/*.png")))
+    for name, written in rows[1:]:
+        severity, rng = demo.scene(3, int(name[5]), int(name[7:11]))
+        assert abs(float(written) - severity) < 1e-4
+        assert np.array_equal(Image.open(tmp_path / "32" / name), demo.draw(severity, rng, 16))
+    for frame in tmp_path.glob("16/*/*.png"):  # a smaller set is the beginning of a larger one
+        assert frame.read_bytes() == (tmp_path / "32" / frame.parent.name / frame.name).read_bytes()
+    assert len({demo.scene(*at)[1].random() for at in ((3, 1, 0), (4, 1, 0), (3, 2, 0), (3, 1, 1))}) == 4
+
+
+def test_severity_names_its_grade_and_grades_come_as_often_as_in_limuc():
+    for grade in range(4):
+        s = np.array([demo.scene(0, grade, i)[0] for i in range(300)])
+        assert 0 <= s.min() and s.max() <= 3 and (abs(s - grade) < 0.5).all() and len(np.unique(s)) == 300
+        assert abs(abs(s - grade).mean() - 1 / 6) < 0.025  # of a triangle, reflected at the ends or not
+    for n in (16, 17, 1100, 50000):
+        assert sum(demo.counts(n)) == n and min(demo.counts(n)) >= 1
+        assert (abs(demo.counts(n) - n * np.array([6105, 3052, 1254, 865]) / 11276) < 1).all()
+
+
+def test_a_scene_is_the_same_at_every_size_and_severity_moves_it_smoothly_and_one_way():
+    small, large = (one_scene(0, (0, 1.4, 2.9), size).astype(float) for size in (32, 64))
+    assert abs(large.reshape(3, 3, 32, 2, 32, 2).mean((3, 5)) - small).max() < 1.5  # three roundings
+    for low, high, bound in ((0.6, 1.6, 10), (1.6, 2.4, 20)):  # edges of growing spots move more
+        assert abs(np.diff(one_scene(0, np.arange(low, high, 0.01)).astype(int), axis=0)).max() < bound
+    for i in range(10):
+        frames = one_scene(i, np.arange(0, 3.1, 0.5))
+        assert (np.diff(demo.measure(frames)) > 0).all()
+        red, green, _ = frames[:5].mean((2, 3)).T  # without measure(); beyond severity 2 ulcers pale the wall
+        assert (np.diff(green / red) < 0).all() and green[4] / red[4] < 0.8 * green[0] / red[0]
+
+
+def test_measure_is_its_formula_and_reads_fresh_frames_to_the_stated_error():
+    flat = np.tile(np.array([200, 100, 80], np.uint8)[:, None, None], (5, 1, 32, 32))
+    flat[1, :, :16, :16] = np.array([130, 15, 15])[:, None, None]  # a quarter of blood
+    flat[2, :, :16, :16] = np.array([235, 215, 160])[:, None, None]  # of ulcer
+    flat[3, :, 20:] //= 20  # a lumen
+    flat[4] //= 2  # half the light
+    by_hand = 4.4 * np.log(208 / np.sqrt(108 * 88)) - 1.5 + np.array([0, 0.9 * 0.5, 0.6 * 0.25, 0, 0])
+    assert (abs(demo.measure(flat) - by_hand) < [1e-9, 1e-9, 1e-9, 1e-9, 0.25]).all()
+    for size in (16, 32, 64):
+        scenes = [demo.scene(77, grade, i) for grade in range(4) for i in range(20)]
+        truth = np.array([s for s, _ in scenes])
+        clean = np.stack([demo.draw(*scene, size).transpose(2, 0, 1) for scene in scenes])
+        noisy = np.clip(clean + np.random.default_rng(0).normal(0, 8, clean.shape), 0, 255).astype(np.uint8)
+        for found, bound in ((demo.measure(clean), 0.14), (demo.measure(noisy), 0.2)):
+            assert abs(found - truth).mean() < bound and np.corrcoef(found, truth)[0, 1] > 0.98
+    for bad in (np.zeros((2, 1, 32, 32), np.uint8), np.zeros((2, 3, 8, 8), np.uint8), flat / 255):
+        with pytest.raises(ValueError, match="give uint8"):
+            demo.measure(bad)
+
+
+def test_a_set_is_whole_and_left_alone_or_is_not_there(tmp_path, monkeypatch):
+    out, ready, draw, calls = tmp_path / "set", tmp_path / "ready", demo.draw, []
+
+    def disturbed(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        if ready.exists():
+            ready.rename(out)  # another run ends while this one draws
+        return draw(*args)
+
+    monkeypatch.setattr(demo, "draw", disturbed)
+    with pytest.raises(KeyboardInterrupt):
+        demo.make(out, 16, size=16)
+    assert list(tmp_path.iterdir()) == []
+    demo.make(ready, 17, size=16)
+    times = [f.stat().st_mtime_ns for f in sorted(ready.rglob("*"))]
+    for _ in range(2):  # overtaken, then there already
+        assert demo.make(out, 17, size=16) == demo.counts(17)
+    for n, seed, size in ((16, 0, 16), (17, 1, 16), (17, 0, 32)):
+        with pytest.raises(FileExistsError, match="delete it"):
+            demo.make(out, n, seed, size)
+    assert [f.name for f in tmp_path.iterdir()] == ["set"]
+    assert [f.stat().st_mtime_ns for f in sorted(out.rglob("*"))] == times
+    Image.new("RGB", (16, 16)).save(out / "Mayo 3" / "0000.png")  # another drawing under the same name
+    with pytest.raises(FileExistsError, match="delete it"):
+        demo.make(out, 17, size=16)
+
+
+def test_command_line_of_the_drawings(tmp_path):
+    command = [sys.executable, HERE / "data/demo.py", "--out", tmp_path / "set", "-n", "16", "--size", "16"]
+    good = subprocess.run(command, capture_output=True, text=True)
+    assert good.returncode == 0 and "Mayo 0 9" in good.stdout and (tmp_path / "set/severity.csv").exists()
+    for words in ("-n 3", "--size 8", "--seed -1", "-n many", f"--out {tmp_path}"):
+        bad = subprocess.run([*command, *words.split()], capture_output=True, text=True)
+        assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1, bad.stderr
+        assert all(word in bad.stderr for word in words.split())
+
+
+# --------------------------------------------------------------------------------------- fid.py
+
+WEIGHTS_768 = HERE.parent / "shared" / "weights" / "fid-inception-768-fp16.pth"
+
+
+def normal(n, d, seed, dtype=torch.float64):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def exact_gaussian(n, variances, seed):
+    """n points whose sample mean is 0 and sample covariance diag(variances), exactly."""
+    ones = torch.ones(n, 1, dtype=torch.float64)
+    q = torch.linalg.qr(torch.cat([ones, normal(n, len(variances), seed)], 1)).Q[:, 1:]
+    return q * (torch.tensor(variances, dtype=torch.float64) * (n - 1)).sqrt()
+
+
+def test_frechet_closed_forms():
+    variances = [4.0, 1.0, 0.25, 1e-4, 0.0]
+    others = [1.0, 9.0, 0.25, 0.0, 2.0]
+    spread = sum((a**0.5 - b**0.5) ** 2 for a, b in zip(variances, others))
+    shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], dtype=torch.float64)
+    x, y = exact_gaussian(50, variances, 1), exact_gaussian(70, others, 2)
+    # Equal covariances: |shift|^2. Diagonal ones: root by root.
+    assert fid.frechet_distance(x, x + shift) == pytest.approx(14.25, rel=1e-9)
+    assert fid.frechet_distance(x, y + shift) == pytest.approx(14.25 + spread, rel=1e-9)
+    a, b = torch.diag(torch.tensor(variances)), torch.diag(torch.tensor(others))
+    from_moments = fid.frechet_distance_from_moments(shift, a, 0 * shift, b)
+    assert from_moments == pytest.approx(14.25 + spread, rel=1e-9)
+    turn = torch.linalg.qr(normal(5, 5, 3)).Q  # one rotation of both sets changes nothing
+    assert fid.frechet_distance(x @ turn, (y + shift) @ turn) == pytest.approx(14.25 + spread, rel=1e-8)
+
+
+@pytest.mark.parametrize("n, m, d", [(200, 150, 24), (20, 30, 64), (30, 200, 64), (700, 600, 16)])
+def test_frechet_against_eigenvalues_of_the_product(n, m, d):
+    x, y = normal(n, d, 1) @ normal(d, d, 2), 3 + normal(m, d, 3) @ normal(d, d, 4)
+    s1, s2 = np.cov(x.T.numpy()), np.cov(y.T.numpy())
+    root = np.sqrt(np.clip(scipy.linalg.eigvals(s1 @ s2).real, 0, None)).sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum().item() + np.trace(s1) + np.trace(s2) - 2 * root
+    assert fid.frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+    from_moments = fid.frechet_distance_from_moments(x.mean(0), s1, y.mean(0), s2)
+    assert from_moments == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_ends_and_float32_features():
+    x = 100 + normal(400, 32, 1)  # a mean this large costs float32 statistics 4 digits
+    y = 100 + 1.1 * normal(400, 32, 2)
+    assert fid.frechet_distance(x, x) < 1e-9 and fid.frechet_distance(x[:5], x[:5]) < 1e-9
+    assert fid.frechet_distance(x, y) == pytest.approx(fid.frechet_distance(y, x), rel=1e-12)
+    x32, y32 = x.float(), y.float()
+    in_float64 = fid.frechet_distance(x32.double(), y32.double())
+    assert fid.frechet_distance(x32, y32) == pytest.approx(in_float64, rel=1e-12)
+    for wrong in (x[:1], x[:, :5]):
+        with pytest.raises(ValueError), np.errstate(invalid="ignore"):
+            fid.frechet_distance(x, wrong)
+
+
+def test_kernel_distance_is_the_double_loop():
+    x, y = normal(23, 5, 1, torch.float32), 0.5 + normal(17, 5, 2, torch.float32)
+
+    def k(a, b):
+        return (a.double().dot(b.double()).item() / 5 + 1) ** 3
+
+    xx = [k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j]
+    yy = [k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j]
+    xy = [k(a, b) for a in x for b in y]
+    expected = np.mean(xx) + np.mean(yy) - 2 * np.mean(xy)
+    assert fid.kernel_distance(x, y)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_kid_is_unbiased_where_fid_is_not():
+    splits = [normal(60, 32, seed, torch.float32).split(30) for seed in range(150)]
+    values, errors = map(np.array, zip(*(fid.kernel_distance(x, y) for x, y in splits)))
+    assert abs(values.mean()) < 3 * values.std() / 150**0.5
+    assert 0.8 < np.sqrt((errors**2).mean()) / values.std() < 1.6  # honest, if on the safe side
+    distances = np.array([fid.frechet_distance(x, y) for x, y in splits[:20]])
+    assert distances.mean() > 10 * distances.std()
+
+
+def test_kid_standard_error_where_the_sets_differ():
+    pairs = ((normal(100, 8, 2 * seed), 0.7 + normal(80, 8, 2 * seed + 1)) for seed in range(120))
+    values, errors = zip(*(fid.kernel_distance(x, y) for x, y in pairs))
+    assert 0.8 < np.sqrt(np.square(errors).mean()) / np.std(values) < 1.3
+
+
+def brute_force(real, fake, k):
+    def radii(x):
+        others = (np.linalg.norm(np.delete(x, i, 0) - x[i], axis=1) for i in range(len(x)))
+        return np.array([np.sort(distances)[k - 1] for distances in others])
+
+    def share_inside(points, centres):
+        r = radii(centres)
+        return np.mean([(np.linalg.norm(centres - p, axis=1) <= r * (1 + 1e-12)).any() for p in points])
+
+    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
+    return share_inside(fake, real), share_inside(real, fake)
+
+
+@pytest.mark.parametrize("n, m, d, k", [(90, 70, 3, 3), (60, 80, 100, 1), (4, 4, 2, 3), (2100, 2060, 2, 5)])
+def test_precision_recall_against_loops(n, m, d, k):
+    real, fake = normal(n, d, 1, torch.float32), 0.4 + 0.8 * normal(m, d, 2, torch.float32)
+    expected = brute_force(real, fake, k)
+    assert fid.precision_recall(real, fake, k) == pytest.approx(expected, abs=1e-12)
+    if n < 100:  # far from the origin float32 products would be too coarse
+        far = real + 300, fake + 300
+        assert fid.precision_recall(*far, k) == pytest.approx(brute_force(*far, k), abs=1e-12)
+    assert fid.precision_recall(fake, real, k) == fid.precision_recall(real, fake, k)[::-1]
+
+
+def test_ties_are_inside():
+    rng = torch.Generator().manual_seed(0)  # points of a grid: most distances are ties, many points coincide
+    for _ in range(20):
+        real, fake = (torch.randint(0, 6, (60, 2), generator=rng).float() for _ in "rf")
+        assert fid.precision_recall(real, fake, 2) == pytest.approx(brute_force(real, fake, 2), abs=1e-12)
+    black = torch.cat([torch.full((5, 768), 0.1), normal(30, 768, 1, torch.float32)])  # radius 0
+    assert fid.precision_recall(black, black[:5]) == (1.0, 5 / 35)
+
+
+def test_collapsed_generator_has_high_precision_and_low_recall():
+    real = normal(300, 16, 1, torch.float32)
+    fake = real[:1] + 1e-3 * normal(300, 16, 2, torch.float32)
+    precision, recall = fid.precision_recall(real, fake)
+    assert precision == 1 and recall <= 1 / 300
+
+
+def test_quadratic_kappa_by_hand():
+    assert odm.quadratic_kappa(torch.tensor([[5, 0], [0, 7]])) == 1
+    by_chance = torch.tensor([[2, 4], [3, 6]])  # rows in proportion
+    assert odm.quadratic_kappa(by_chance) == pytest.approx(0, abs=1e-12)
+    # observed cost (1 + 4) / 6; by chance: rows 2, 2, 2 and columns 2, 2, 2 -> cost (4 * 1 + 2 * 4) * 4 / 36
+    table = torch.tensor([[1, 0, 1], [0, 2, 0], [1, 0, 1]])
+    assert odm.quadratic_kappa(table) == pytest.approx(1 - (8 / 6) / (48 / 36))
+    assert odm.quadratic_kappa(torch.tensor([[3, 0], [0, 0]])) is None
+
+
+def test_ridge_penalty_has_the_least_leave_one_out_error():
+    x, labels = normal(24, 6, 1), torch.arange(24) % 3
+    x[:, 0] += labels
+    classify = fid.ridge_classifier(x, labels, 3)
+    place = classify.__code__.co_freevars.index("best_slope")
+    slope = classify.__closure__[place].cell_contents
+    target = (labels[:, None] > torch.arange(2)).double()
+    total = ((x - x.mean(0)).square().sum() / 24).item()
+
+    def fit(rows, penalty):  # equal classes: equal weights
+        a, b = x[rows] - x[rows].mean(0), target[rows] - target[rows].mean(0)
+        return torch.linalg.solve(a.T @ a / 24 + penalty * torch.eye(6, dtype=torch.float64), a.T @ b / 24)
+
+    def left_out_error(penalty):  # every fit made anew without the image that is left out
+        error = 0
+        for i in range(24):
+            rest = torch.arange(24) != i
+            guess = target[rest].mean(0) + (x[i] - x[rest].mean(0)) @ fit(rest, penalty)
+            error += (target[i] - guess).square().sum().item()
+        return error
+
+    best = min(total * np.logspace(-5, 0, 11), key=left_out_error)
+    assert torch.allclose(slope, fit(torch.arange(24), best), rtol=1e-8, atol=1e-10)
+
+
+def waves(shape, scale):
+    return scale * torch.cos(torch.arange(math.prod(shape), dtype=torch.float64) ** 1.5).float().view(shape)
+
+
+def fill_with_waves(network):
+    """Weights that any implementation can be given: the same numbers on every machine."""
+    state = {}
+    for name, value in network.state_dict().items():
+        if name.endswith("conv.weight"):
+            state[name] = waves(value.shape, (4 / value[0].numel()) ** 0.5)
+        elif name.endswith(("bn.running_var", "bn.weight")):
+            state[name] = 1 + waves(value.shape, 0.3)
+        elif not name.endswith("num_batches_tracked"):
+            state[name] = waves(value.shape, 0.2)
+    network.load_state_dict(state, strict=False)
+    return network
+
+
+def test_image():
+    i = torch.arange(3 * 40 * 50)
+    return ((i * i) % 251).to(torch.uint8).view(1, 3, 40, 50)
+
+
+test_image.__test__ = False
+
+
+def summary(x):
+    x = x[0].double()
+    centroid = x @ torch.arange(1, len(x) + 1.0).double() / x.sum()
+    return x.sum().item(), x.square().mean().sqrt().item(), centroid.item()
+
+
+@pytest.mark.parametrize(
+    "dims, expected",  # sum, root mean square and centroid of pytorch-fid 0.3.0's features
+    [
+        (64, (16.378099345136434, 0.3232815183709533, 30.19210691719125)),
+        (192, (68.64484141088997, 0.528024275579934, 97.09053981847158)),
+        (768, (77.15302715079997, 0.18921177408829562, 381.4555883042095)),
+        (2048, (286.9499453532171, 0.24868668614621625, 1068.5793844638972)),
+    ],
+)
+def test_network_gives_the_features_of_pytorch_fid(dims, expected):
+    network = fill_with_waves(fid.Inception(dims))
+    assert summary(fid.features(test_image(), network)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.skipif(not WEIGHTS_768.exists(), reason="needs the network's weights")
+def test_network_gives_the_features_of_pytorch_fid_with_real_weights():
+    network = fid.load_weights(768, str(WEIGHTS_768))
+    expected = (23.620308166239738, 0.07778412673429534, 330.6755039506857)
+    assert summary(fid.features(test_image(), network)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_features_in_eval_mode_whatever_the_batch():
+    network = fill_with_waves(fid.Inception(64)).train()
+    images = [torch.randint(0, 256, (3, 32, 32 + i), dtype=torch.uint8) for i in range(5)]  # of any sizes
+    x = fid.features(images, network, batch_size=2)
+    assert x.dtype == torch.float32 and x.shape == (5, 64)
+    alone = [fid.features(image[None], network) for image in images]
+    assert torch.allclose(x, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    assert fid.features([], network).shape == (0, 64)
+
+
+@pytest.fixture(scope="module")
+def weights_64(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random 64.pth"
+    torch.save(fill_with_waves(fid.Inception(64)).half().state_dict(), path)
+    return str(path)
+
+
+def test_load_weights_says_what_is_wrong(weights_64, tmp_path):
+    network = fid.load_weights(64, weights_64)  # the file is half
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+    with pytest.raises(odm.UserError, match="no Conv2d_3b_1x1.conv.weight, which --dims 768 needs"):
+        fid.load_weights(768, weights_64)
+
+    class Evil:
+        def __reduce__(self):
+            return (Path(tmp_path / "ran").touch, ())
+
+    whole, state = Path(weights_64).read_bytes(), torch.load(weights_64, weights_only=True)
+    torch.save({**state, "Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 5, 5)}, tmp_path / "shape.pth")
+    wrong_shape = (tmp_path / "shape.pth").read_bytes()
+    contents = [whole[: len(whole) // 2], b"", b"<html>Not found</html>", wrong_shape]
+    for content in [*contents, pickle.dumps(Evil(), 2), pickle.dumps([1, 2], 2)]:
+        (tmp_path / "bad.pth").write_bytes(content)
+        with pytest.raises(odm.UserError, match="no network in .*bad.pth.*name it with --weights"):
+            fid.load_weights(64, str(tmp_path / "bad.pth"))
+    assert not (tmp_path / "ran").exists()
+    for missing in (tmp_path / "none.pth", tmp_path):
+        with pytest.raises(odm.UserError, match="no network in"):
+            fid.load_weights(64, str(missing))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, weights_64):
+    """An empty torch.hub cache; returns the place of the weight file in it."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    sha256 = hashlib.sha256(Path(weights_64).read_bytes()).hexdigest()
+    monkeypatch.setattr(fid, "WEIGHTS", f"weights-{sha256[:8]}.pth")
+    return tmp_path / "hub" / "checkpoints" / fid.WEIGHTS
+
+
+def serve(content, claimed, monkeypatch):
+    """The weights' URL leads to a local server that sends `content` and claims so many bytes."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(claimed))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    monkeypatch.setattr(fid, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/{fid.WEIGHTS}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return server
+
+
+def test_download(weights_64, hub, monkeypatch):
+    content = Path(weights_64).read_bytes()
+    for sent in (content[:5000], content[:-1] + b"?"):  # the line breaks; another file
+        with serve(sent, len(content), monkeypatch):
+            with pytest.raises(odm.UserError, match="fetch http://127.0.0.1.* by other means"):
+                fid.load_weights(64)
+        assert list(hub.parent.iterdir()) == []
+    with pytest.raises(odm.UserError, match=f"no network in {hub}.*refused.*put it there"):
+        fid.load_weights(64)  # nobody answers any more
+    with serve(content, len(content), monkeypatch):
+        fid.load_weights(64)
+        assert list(hub.parent.iterdir()) == [hub]
+    fid.load_weights(64)  # from the cache: the server is gone
+    hub.write_bytes(content[:-1])  # as an older tool that was killed would leave it
+    with pytest.raises(odm.UserError, match=f"no network in {hub}"):
+        fid.load_weights(64)
+
+
+def test_copies_are_counted():
+    known, real, fresh = (normal(n, 32, seed, torch.float32) for n, seed in ((400, 1), (200, 2), (200, 3)))
+    fresh[:20] = known[100:120] + 1e-3 * normal(20, 32, 4, torch.float32)
+    ratio, places = fid.likeness(fresh, known, real)
+    assert (ratio <= 0.5).sum() == 20  # a tenth
+    to_known, to_real = (torch.cdist(fresh.double(), x.double()) for x in (known, real))
+    assert torch.equal(places, to_known.topk(3, largest=False).indices)
+    assert torch.allclose(ratio.double(), to_known.amin(1) / to_real.amin(1), rtol=1e-4)
+    one_kind = normal(1, 32, 6, torch.float32) + 0.2 * normal(300, 32, 5, torch.float32)
+    assert (fid.likeness(one_kind, known, real)[0] <= 0.5).sum() == 0  # low diversity, but no copies
+    assert fid.likeness(known[:4], known, known)[0].tolist() == [1] * 4  # an image of both sets is no copy
+
+
+def test_generated_images_help_a_classifier_or_not():
+    direction = torch.nn.functional.normalize(normal(1, 40, 0), dim=1)
+
+    def draw(counts, seed):
+        labels = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+        return normal(len(labels), 40, seed) + 3 * labels[:, None] * direction, labels
+
+    (real, labels), (x, y) = draw([200, 100, 60, 40], 1), draw([12, 6, 4, 2], 2)
+    z, asked = draw([80] * 4, 3)
+    wrong = asked[torch.randperm(320, generator=torch.Generator().manual_seed(0))]
+    alone = fid.classifier_score(x, y, real, labels, 4)
+    helped = fid.classifier_score(torch.cat([x, z]), torch.cat([y, asked]), real, labels, 4)
+    spoiled = fid.classifier_score(torch.cat([x, z]), torch.cat([y, wrong]), real, labels, 4)
+    assert helped["kappa"] > alone["kappa"] + 0.1 > spoiled["kappa"] + 0.2
+    assert helped["top_recall"] > alone["top_recall"] and helped["mean_error"] < 0.6 * alone["mean_error"]
+    shown = fid.ridge_classifier(x, y, 4)(real)
+    assert alone["mean_error"] == pytest.approx((shown - labels).abs().double().mean().item())
+    assert alone["top_recall"] == pytest.approx((shown[labels == 3] == 3).double().mean().item())
+    same = fid.classifier_score(x[:1].repeat(8, 1), torch.arange(8) % 4, real, labels, 4)
+    assert same["kappa"] == pytest.approx(0, abs=1e-12)  # a generator that collapsed to one image
+
+
+def save_images(folder, n, seed, size=(16, 16), low=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        pixels = rng.integers(low, 256, (*size, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    for grade, n in enumerate((9, 6, 5)):
+        save_images(root / "real" / f"Mayo {grade}", n, grade, low=60 * grade)
+        save_images(root / "seen" / f"Mayo {grade}", n, 40 + grade, low=60 * grade)
+        save_images(root / "dm" / "deeper" / f"Mayo {grade}", n + 1, 10 + grade, low=50 * grade)
+        save_images(root / "odm" / f"Mayo {grade}", 3 + grade, 20 + grade, low=60 * grade)
+        save_images(root / "between" / f"{grade + 0.5:g}", 4, grade)
+        save_images(root / "other" / f"Mayo {grade + 1}", 4, grade)
+    save_images(root / "dm", 2, 99)
+    (root / "dm" / "000.png").rename(root / "dm" / "sheet.png")
+    (root / "dm" / "001.png").rename(root / "dm" / "series.gif")
+    save_images(root / "odm" / "1.5", 3, 31)
+    save_images(root / "odm", 2, 32)
+    (root / "odm" / "Mayo 0" / "000.png").write_bytes((root / "seen" / "Mayo 2" / "001.png").read_bytes())
+    save_images(root / "Mayo 1", 7, 30)  # flat: no class, whatever its name
+    save_images(root / "wide", 4, 34, size=(16, 24))
+    (root / "empty").mkdir()
+    save_images(root / "broken", 4, 35)
+    (root / "broken" / "002.png").write_bytes((root / "broken" / "001.png").read_bytes()[:300])
+    return root
+
+
+def run_fid(*words):
+    try:
+        return fid.main([str(word) for word in words])
+    except SystemExit as stop:  # argparse's
+        return stop.code
+
+
+def test_command(folders, weights_64, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    files = {flag: tmp_path / f"{flag}.png" for flag in ("json", "plot", "neighbours")}
+    words = ["real", "dm", "odm", "Mayo 1", "--dims", 64, "--weights", weights_64, "--trained-on", "seen"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_fid(*words, *(word for flag, file in files.items() for word in (f"--{flag}", file))) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(files["json"].read_text())
+    rows = {(row["generated"], row["class"]): row for row in result["rows"]}
+    assert {key: (row["n_real"], row["n_fake"]) for key, row in rows.items()} == {
+        ("dm", "all"): (20, 23), ("odm", "all"): (20, 12), ("Mayo 1", "all"): (20, 7),
+        ("dm", "Mayo 0"): (9, 10), ("dm", "Mayo 1"): (6, 7), ("dm", "Mayo 2"): (5, 6),
+        ("odm", "Mayo 0"): (9, 3), ("odm", "Mayo 1"): (6, 4), ("odm", "Mayo 2"): (5, 5),
+    }  # fmt: skip
+    passed_over = "odm: passed over, no class of the real images (Mayo 0, Mayo 1, Mayo 2): ., 1.5"
+    assert passed_over in err.splitlines()
+    assert all(row["fid_biased"] for row in rows.values()) and out.count("*") == 9 and "biased upward" in out
+    assert rows["odm", "Mayo 0"]["fid"] is None and out.count("too few images") == 1
+    assert rows["odm", "all"]["copies"] == pytest.approx(1 / 12)
+    assert rows["odm", "Mayo 0"]["copies"] == pytest.approx(1 / 3)
+    fitted = [row["fitted_on"] for row in result["classifier"]]
+    assert fitted == ["seen", "dm", "seen + dm", "odm", "seen + odm"]
+
+    # the numbers are those of the functions, on what the folders hold
+    def look(folder):
+        images = (np.array(Image.open(path)) for path in sorted((folders / folder).iterdir()))
+        tensors = (torch.from_numpy(image).permute(2, 0, 1) for image in images)
+        return fid.features(tensors, fid.load_weights(64, weights_64))
+
+    x, y = look("real/Mayo 1"), look("dm/deeper/Mayo 1")
+    row = rows["dm", "Mayo 1"]
+    assert row["fid"] == pytest.approx(fid.frechet_distance(x, y), rel=1e-4)
+    assert (row["precision"], row["recall"]) == fid.precision_recall(x, y)
+    assert (row["kid"], row["kid_se"]) == pytest.approx(fid.kernel_distance(x, y), rel=1e-3, abs=1e-6)
+
+    bars = np.asarray(Image.open(files["plot"])).astype(int)[10 + 36 :: 60]  # through the middle of each bar
+    lengths = [(np.abs(line - (255, 255, 255)).sum(1) > 0).sum() for line in bars]
+    values = [row["fid"] for row in result["rows"] if row["fid"] is not None]
+    assert np.array(lengths) / max(lengths) == pytest.approx(np.array(values) / max(values), abs=0.003)
+    sheet = np.asarray(Image.open(files["neighbours"]))
+    assert len(sheet) == 8 * 220
+    assert np.array_equal(sheet[:190, :190], sheet[:190, 200:390])  # the copy comes first
+
+    assert run_fid("real", "Mayo 1", "--dims", 64, "--weights", weights_64) == 0
+    out = capsys.readouterr().out
+    assert "classifier" not in out and "--trained-on" not in out and "Mayo 0" not in out
+    monkeypatch.setattr(odm, "load_images", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run_fid("real", "dm", "--dims", 64, "--weights", weights_64) == 130
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["real", "empty"], "empty: no images in it"),
+        (["empty", "dm"], "empty: no images"),
+        (["real", "none"], "none: no such folder"),
+        (["none", "dm"], "none: no such folder"),
+        (["real", "between"], "between: no class of the real images (Mayo 0, Mayo 1, Mayo 2): 0.5, 1.5"),
+        (["real", "wide"], "give the real ones' --size"),
+        (["real", "dm", "wide"], "give the real ones' --size"),
+        (["real", "broken", "--size", 16], "002.png"),
+        (["real", "dm", "--dims", 2048], "which --dims 2048 needs"),
+        (["real", "dm", "--dims", 100], "--dims"),
+        (["real", "dm", "--size", 0], "--size"),
+        (["real", "dm", "--batch", "-1"], "--batch"),
+        (["real", "dm", "--crop", "x"], "--crop"),
+        (["real", "dm", "--json", "none/s.json"], "none/s.json: must be a file"),
+        (["real", "dm", "--plot", "real"], "real: must be a file"),
+        (["real", "dm", "--neighbours", "n.png"], "--trained-on"),
+        (["real", "dm", "--trained-on", "other"], "--trained-on other"),
+        (["real", "dm", "--trained-on", "none"], "none: no such folder"),
+        (["real"], "GENERATED"),
+        (["real", "dm", "--weights", "real"], "no network in real"),
+    ],
+)
+def test_fid_bad_input_is_one_line_and_status_2(words, message, folders, weights_64, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(fid, "features", lambda images, *_: torch.rand(len(list(images)), 64))  # quick
+    assert run_fid("--dims", 64, "--weights", weights_64, *words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fid.py: error: ") and message in lines[0]
+
+
+def test_random_command_lines_never_end_in_a_traceback(folders, weights_64, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    rng = random.Random(0)
+    values = ["", "0", "-1", "3", "1e9", "99999999999999999999", "nan", "real", "none/x", "²", "--"]
+    flags = ["--dims", "--weights", "--size", "--crop", "--order", "--columns", "-k", "--batch", "--json"]
+    flags += ["--plot", "--trained-on", "--neighbours", "--nonsense"]
+    monkeypatch.setattr(fid, "features", lambda images, *_: torch.rand(len(list(images)), 64))  # quick
+    for _ in range(150):
+        words = [rng.choice(["real", "Mayo 1", "none", "empty", ""]) for _ in range(rng.randint(0, 2))]
+        for _ in range(rng.randint(1, 3)):
+            words += [rng.choice(flags), rng.choice(values)]
+        status = run_fid("--weights", weights_64, "--dims", 64, *words)
+        errors = [line for line in capsys.readouterr().err.splitlines() if not line.count(": passed over, ")]
+        assert status == (2 if errors else 0) and len(errors) < 2, (words, errors)
+        assert all(line.startswith("fid.py: error: ") for line in errors), words
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q"]))
