@@ -387,7 +387,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     network = load_weights(args.dims, args.weights)
     images, real_labels, _ = odm.load_images(args.real, *reading)
     real = features(images, network, args.batch, "real")
-    result = {"settings": vars(args) | {"size": reading[0], "classes": classes}, "rows": [], "classifier": []}
+    settings = vars(args) | {"size": reading[0], "classes": classes}
+    result = {"settings": settings, "rows": [], "classifier": [], "neighbours": []}
     fits, found = {}, []
     if args.trained_on:
         seen, seen_labels, names = odm.load_images(args.trained_on, *reading)
@@ -417,9 +418,16 @@ def evaluate(args: argparse.Namespace) -> dict:
         scores = classifier_score(*fit, real, real_labels, len(classes))
         result["classifier"].append({"fitted_on": name, **scores})
     if args.neighbours:
-        seen_paths, *_ = odm.find_images(args.trained_on, args.order, args.columns)
-        picture = draw_neighbours(sorted(found)[:8], seen, seen_paths)
+        paths, *_ = odm.find_images(args.trained_on, args.order, args.columns)
+        likeliest = sorted(found)[:8]
+        columns = [("generated", [odm.read_square(path, reading[0]) for _, path, _ in likeliest])]
+        for n in range(len(likeliest[0][2])):
+            columns.append((f"nearest {n + 1}", [seen[places[n]] for _, _, places in likeliest]))
+        picture = odm.sheet_of(columns)
         odm.write_file(Path(args.neighbours), lambda file: picture.save(file, format="PNG"))
+        for ratio, path, places in likeliest:
+            row = {"ratio": ratio, "generated": str(path), "nearest": str(paths[places[0]])}
+            result["neighbours"].append(row)
     return result
 
 
@@ -444,6 +452,8 @@ def report(result: dict) -> str:
     for row in result["classifier"]:
         scores = f"{row['kappa']:6.3f}{row['mean_error']:12.3f}{row['top_recall']:25.3f}"
         lines.append(f"{scores}  {row['fitted_on']}")
+    for row in result["neighbours"]:
+        lines.append(f"{row['ratio']:.2f}  {row['generated']}, nearest to {row['nearest']}")
     return "\n".join(lines)
 
 
@@ -461,21 +471,6 @@ def plot(rows: list[dict]) -> Image.Image:
         colour = f"hsl({210 + 150 * folders.index(row['generated'])}, 45%, 50%)"
         draw.rectangle((20, y + 24, 20 + 700 * row["fid"] / largest, y + 48), colour)
     return image
-
-
-def draw_neighbours(found: list[tuple], seen: Tensor, seen_paths: list[Path]) -> Image.Image:
-    """A row for each (ratio, path, places in seen): the image, then the training images nearest to it."""
-    step, font = 200, ImageFont.load_default(14)
-    sheet = Image.new("RGB", (4 * step, len(found) * (step + 20)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (ratio, path, places) in enumerate(found):
-        names = [f"{ratio:.2f} {path.parent.name}/{path.name}", *(seen_paths[i].name for i in places)]
-        images = [odm.read_image(path), *(Image.fromarray(seen[i].permute(1, 2, 0).numpy()) for i in places)]
-        for column, (name, image) in enumerate(zip(names, images)):
-            x, y = step * column, (step + 20) * row
-            sheet.paste(image.resize((step - 10, step - 10)), (x, y))
-            draw.text((x, y + step - 8), name[-26:], "black", font)
-    return sheet
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ Where the paper's equations are:
     Eq. 4  the order of the noise estimates        holds where ordinal_loss = 0 and they differ
     Eq. 5  L_ordinal, the ordinal relationship     ordinal_loss
     Eq. 6  d, the distance of two noise estimates  noise_distance
-    Eq. 7  three estimates on a line, in order     straightness (= 1); guided_eps (severity 1.5)
+    Eq. 7  three estimates on a line, in order     straightness (= 1); used by guided_eps, read_position
     Eq. 8  L_total = L_DM + lambda_t L_ordinal     total_loss
 
 and its symbols: x_0 a clean image in [-1, 1], x_t the same after t of T noising steps, eps the noise
@@ -29,42 +29,19 @@ ascending severity. In the shapes: B images of a step, R rows of the network, G 
 A severity is what a person writes, say Mayo 1 to 3. A position is a class index, 0 to C-1 (the paper
 counts from 1), or a point between two. Index C is the null class of guidance.
 
-Settings, losses, one training step, sampling and the U-Net come first and are the whole method.
-What follows the line "the method ends here" are data, runs, files, processes and the command line.
+The method comes first and is whole: settings, losses, one training step, sampling, the U-Net. After the
+line "the method ends here" follow data, runs, files, processes and the command line.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import copy
-import csv
-import hashlib
-import io
 import itertools
-import json
 import math
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
-import warnings
-import zipfile
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------- settings
@@ -398,13 +375,13 @@ def read_position(model: Callable, x_0: Tensor, alpha_bar: Tensor, seed: int = 0
                   shares: Sequence[float] = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)) -> Tensor:
     """The position on the line of Eq. 7 that explains an image best: x_0 (N, 3, H, W) -> (N,) in 0..C-1.
 
-    A diffusion classifier (Li et al. 2023) that knows fractions. Let r_c = eps - eps_theta(x_t, t, c) be the error
-    of class c and G_cd the mean of r_c r_d over t, eps and entries. Then (1-a) eps_k + a eps_{k+1}, the estimate
-    at position k + a, errs by (1-a)^2 G_kk + 2a(1-a) G_k,k+1 + a^2 G_k+1,k+1, which is least at
+    A diffusion classifier (Li et al. 2023) that knows fractions. Let r_c = eps - eps_theta(x_t, t, c) be the
+    error of class c, and G_cd the mean of r_c r_d over t, eps and entries. The estimate at position k + a,
+    (1-a) eps_k + a eps_{k+1}, errs by (1-a)^2 G_kk + 2a(1-a) G_k,k+1 + a^2 G_k+1,k+1, which is least at
     a = (G_kk - G_k,k+1) / (G_kk - 2 G_k,k+1 + G_k+1,k+1), kept in [0, 1]. The best of the segments k wins.
 
-    t: the shares of T. All images see one eps at each t, and its mirror -eps: the errors' part that is odd in
-    eps cancels. Each t weighs one over its mean error, as normal errors do in a likelihood.
+    t: the shares of T. All images see one eps at each t, and its mirror -eps, so that errors that are odd in
+    eps cancel. Each t weighs one over its mean error, as it does in the likelihood of normal errors.
     """
     C, N, gram = model.num_classes, len(x_0), 0.0
     rng = torch.Generator().manual_seed(seed)
@@ -563,7 +540,36 @@ class UNet(nn.Module):
 # ==================================================================== the method ends here
 # What follows makes it usable: data, training run, sampling run, files, processes, command line.
 
+import argparse
+import contextlib
+import copy
+import csv
+import hashlib
+import inspect
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
 HERE = Path(__file__).resolve().parent
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 class UserError(Exception):
@@ -574,7 +580,6 @@ class UserError(Exception):
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 NUMBER = r"\d+(?:\.\d+)?"
-KNOWN_COLUMNS = ("image,level", "id_code,diagnosis")  # of EyePACS and of APTOS
 
 
 def list_images(root: str | Path) -> list[Path]:
@@ -622,67 +627,74 @@ def read_square(path: str | Path, size: int, crop: int = 0, keep: bool = False) 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def classes_from_csv(root: Path, paths: list[Path], columns: str) -> tuple[dict[Path, str], str]:
-    """{path: class} from the CSV files below root with the columns ID,GRADE, and a remark; empty without any.
+def read_squares(paths: Sequence[Path], **how) -> Tensor:
+    """read_square of every file: (N, 3, size, size) uint8."""
+    images, progress = [], Progress(len(paths), "images read")
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on odd metadata
+        for image in pool.map(partial(read_square, **how), paths):
+            images.append(image)
+            progress.show(len(images))
+    return torch.stack(images)
 
-    An ID is a file's stem or name, or its path from root.
+
+def classes_from_csv(root: Path, paths: Sequence[Path], columns: str) -> dict[Path, str]:
+    """{path: grade} by the CSV files below root with the columns ID,GRADE (none: EyePACS' and APTOS').
+
+    An ID is a file's name or its path from root, with the suffix or without.
     """
-    grades = {}
+    pairs = [tuple(columns.split(","))] if columns else [("image", "level"), ("id_code", "diagnosis")]
+    grade_of = {}
     for file in sorted(root.rglob("*.csv")):
         with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
-            table = csv.DictReader(stream)
-            for pair in [columns] if columns else KNOWN_COLUMNS:
-                id, grade = pair.split(",")
-                for row in table if {id, grade} <= set(table.fieldnames or ()) else ():
-                    if row[grade] and grades.setdefault(row[id], row[grade]) != row[grade]:
-                        raise UserError(f"{file}: gives {row[id]} a second grade; remove one of the two")
-    path_of = {str(path.relative_to(root).with_suffix("")): path for path in paths}
-    path_of |= {path.stem: path for path in reversed(paths)}
+            for row in csv.DictReader(stream):
+                for grade, id in ((row[pair[1]], row[pair[0]]) for pair in pairs if set(pair) <= row.keys()):
+                    if grade and grade_of.setdefault(id, grade) != grade:
+                        raise UserError(f"{file}: gives {id} a second grade; remove one of the two")
     found = {}
-    for id, grade in grades.items():
-        if path := path_of.get(id) or path_of.get(os.path.splitext(id)[0]):
-            found[path] = grade
-    missing = len(grades) - len(found)
-    return found, f"; {missing:,} of the {len(grades):,} images in the CSV are missing" if grades else ""
+    for path in paths:
+        place = str(path.relative_to(root))
+        for name in (path.stem, path.name, os.path.splitext(place)[0], place):
+            if name in grade_of:
+                found[path] = grade_of[name]
+    return found
 
 
-def classes_from_folders(root: Path, paths: list[Path], order: str) -> dict[Path, str]:
-    """{path: class}: the name of an image's folder, or of the class folder above where that is a stray one.
+def classes_from_folders(root: Path, paths: Sequence[Path], names: Sequence[str] = ()) -> dict[Path, str]:
+    """{path: class}: of the folders below root that an image is in, the nearest that is one of `names`.
 
-    The commonest kind of folder, digits read as #, is the class folders': 17/Mayo 2/copy (1)/a.bmp is a
-    "Mayo #", as nearly all others are, no "copy (#)". With --order it is the nearest folder named there.
+    Without names, that of the commonest kind, digits read as #: 17/Mayo 2/copy (1)/a.bmp is a "Mayo #", as
+    nearly all others are, no "copy (#)".
     """
     kind = partial(re.sub, NUMBER, "#")
-    above = {path: [folder.name for folder in path.parents if root in folder.parents] for path in paths}
-    kinds = Counter(kind(names[0]) for names in above.values() if names)
-    ordered = re.split(r"\s*,\s*", order)
+    kinds = Counter(kind(path.parent.name) for path in paths if path.parent != root)
     classes = {}
-    for path, names in above.items():
-        if order:
-            names = [name for name in names if name in ordered]
-        elif names:
-            names = [name for name in names if kind(name) == max(kinds, key=kinds.get)] + names
+    for path in paths:
+        folders = [folder.name for folder in path.parents if root in folder.parents]
         if names:
-            classes[path] = names[0]
+            folders = [name for name in folders if name in names]
+        else:
+            folders.sort(key=lambda name: -kinds[kind(name)])  # equally common ones: nearest first
+        if folders:
+            classes[path] = folders[0]
     return classes
 
 
-def rank_classes(found: set[str], order: str = "") -> dict[str, float]:
-    """{class name: severity}, ascending: by --order, or by the one number in each name (Mayo 2: 2)."""
-    names = ", ".join(sorted(found)[:12])
-    if order:
-        ordered = re.split(r"\s*,\s*", order)
-        if set(ordered) != found or len(ordered) != len(found):
-            raise UserError(f"--order {order}: the classes are {names}; name each of them once")
-        return {name: float(i) for i, name in enumerate(ordered)}
+def rank_classes(found: set[str], names: Sequence[str] = ()) -> dict[str, float]:
+    """{class: severity}, ascending: in the order of names, else by the one number in each (Mayo 2: 2)."""
+    listed = ", ".join(sorted(found)[:12])
+    if names:
+        if sorted(names) != sorted(found):
+            raise UserError(f"--order {','.join(names)}: the classes are {listed}; name each of them once")
+        return {name: float(i) for i, name in enumerate(names)}
     if len(found) > 12:
-        raise UserError(f"{len(found)} classes ({names}, ...): patients, most likely; pass --order")
+        raise UserError(f"{len(found)} classes ({listed}, ...): patients, most likely; pass --order")
     numbers = {name: re.findall(NUMBER, name) for name in found}
-    severities = {name: float(number[0]) for name, number in numbers.items() if len(number) == 1}
-    if len(set(severities.values())) < len(found):
-        raise UserError(f"classes {names}: no order that a program may guess; pass --order with the names in "
-                        "ascending severity, separated by commas")
-    return dict(sorted(severities.items(), key=lambda item: item[1]))
+    severity = {name: float(number[0]) for name, number in numbers.items() if len(number) == 1}
+    if len(set(severity.values())) < len(found):
+        raise UserError(f"classes {listed}: no order that a program may guess; pass --order with the names, "
+                        "in ascending severity")
+    return dict(sorted(severity.items(), key=lambda item: item[1]))
 
 
 def find_images(root: str | Path, order: str = "", columns: str = ""):
@@ -693,24 +705,21 @@ def find_images(root: str | Path, order: str = "", columns: str = ""):
     paths = list_images(root)
     if not paths:
         raise UserError(f"{root}: no images in it ({', '.join(sorted(SUFFIXES))})")
-    class_of, remark = classes_from_csv(root, paths, columns)
-    if not class_of and (columns or remark):
-        raise UserError(f"{root}: no CSV with {columns or 'grades'} lists an image that is there{remark}")
-    class_of = class_of or classes_from_folders(root, paths, order)
-    if not class_of:
-        raise UserError(f"{root}: no image has a class; put each in a folder of its class")
+    ordered = re.split(r"\s*,\s*", order) if order else []
+    class_of = classes_from_csv(root, paths, columns)
+    if columns and not class_of:
+        raise UserError(f"--columns {columns}: no CSV in {root} has them and lists an image that is there")
+    class_of = class_of or classes_from_folders(root, paths, ordered)
+    names = list(rank_classes(set(class_of.values()), ordered))
+    if len(names) < 2:
+        raise UserError(f"{root}: images of {len(names)} classes; name the folder that holds those of all")
     namesakes = Counter((name, path.name) for path, name in class_of.items())
     first = {}  # of those with the same class, file name and bytes
     for path, name in class_of.items():
-        content = hashlib.sha256(path.read_bytes()).digest() if namesakes[name, path.name] > 1 else b""
-        first.setdefault((name, path.name, content), path)
-    names = list(rank_classes(set(class_of.values()), order))
-    if len(names) < 2:
-        raise UserError(f"{root}: one class only ({names[0]}); name the folder that holds all class folders")
-    if twins := len(class_of) - len(first):
-        remark += f"; {twins:,} files that are there twice (same class, name and content) taken once"
-    if others := len(paths) - len(class_of):
-        remark += f"; {others:,} images without a class passed over"
+        content = path.read_bytes() if namesakes[name, path.name] > 1 else b""
+        first.setdefault((name, path.name, hashlib.sha256(content).digest()), path)
+    twins, others = len(class_of) - len(first), len(paths) - len(class_of)
+    remark = f"; passed over: {twins:,} twins (same class, name and content), {others:,} without a class"
     return list(first.values()), [names.index(name) for name, *_ in first], names, remark
 
 
@@ -722,13 +731,7 @@ def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = ""
     """
     paths, labels, names, remark = find_images(root, order, columns)
     say(f"{root}: " + ", ".join(f"{name} {labels.count(i):,}" for i, name in enumerate(names)) + remark)
-    images, progress = [], Progress(len(paths), "images read")
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, on odd metadata
-        for image in pool.map(partial(read_square, size=size, crop=crop), paths):
-            images.append(image)
-            progress.show(len(images))
-    return torch.stack(images), torch.tensor(labels), names
+    return read_squares(paths, size=size, crop=crop), torch.tensor(labels), names
 
 
 # ------------------------------------------------------------------------------ training run
@@ -759,13 +762,13 @@ def measure_line(model: UNet, images: Tensor, alpha_bar: Tensor, n: int = 16) ->
 
     images: (N, 3, H, W) uint8. The same images, t and noise at every call, so that numbers compare.
     """
-    device, C, rng = images.device, model.num_classes, torch.Generator().manual_seed(0)
-    x_0 = to_unit(images[torch.randint(len(images), (n,), generator=rng).to(device)])
-    t = torch.linspace(1, len(alpha_bar) - 1, n).round().long().to(device)
-    x_t = q_sample(x_0, t, torch.randn(x_0.shape, generator=rng).to(device), alpha_bar)
-    eps_hat = torch.stack([model(x_t, t, torch.full_like(t, c)) for c in range(C)], dim=1)
+    rng = torch.Generator().manual_seed(0)
+    x_0 = to_unit(images[torch.randint(len(images), (n,), generator=rng).to(images.device)])
+    t = torch.linspace(1, len(alpha_bar) - 1, n).round().long().to(x_0.device)
+    x_t = q_sample(x_0, t, torch.randn(x_0.shape, generator=rng).to(x_0), alpha_bar)
+    eps_hat = torch.stack([model(x_t, t, torch.full_like(t, c)) for c in range(model.num_classes)], dim=1)
     gap = noise_distance(eps_hat[:, 0], eps_hat[:, -1]).mean().item()
-    return straightness(eps_hat).mean().item() if C >= 3 else math.nan, gap
+    return straightness(eps_hat).mean().item() if model.num_classes >= 3 else math.nan, gap
 
 
 def train(config: Config) -> Path:
@@ -774,34 +777,35 @@ def train(config: Config) -> Path:
     Under torchrun each process draws its share of the batch, and gradients are averaged.
     """
     check_config(config)
-    device, (rank, world) = start(config.device), rank_and_world()
+    device = start(config.device)
     root = Path(config.data or HERE / "data" / "demo")
     out = Path(config.out or Path("runs") / root.resolve().name)
-    if not config.data and rank == 0:
+    if not config.data and RANK == 0:
         draw_demo(root)
-    wait_for_all()
+    from_all(None)  # the others wait for the first
     images, labels, names = load_images(root, config.size, config.crop, config.order, config.columns)
-    severities = list(rank_classes(set(names), config.order).values())
+    severities = list(rank_classes(set(names), names if config.order else ()).values())
     classes = Classes(names, severities, labels.bincount().tolist())
-    if config.batch % world:
-        raise UserError(f"--batch {config.batch}: must be a multiple of the {world} processes")
-    B = config.batch // world
+    B = config.batch // WORLD
+    if config.batch % WORLD:
+        raise UserError(f"--batch {config.batch}: must be a multiple of the {WORLD} processes")
     if config.ordinal > 0 and len(names) < 3:
-        say("two classes only: no triplet p < q < r, so no ordinal loss: this is the plain diffusion model")
+        say("two classes only: no triplet p < q < r, so no ordinal loss; this is the plain diffusion model")
     elif config.ordinal > 0 and B * config.triplet_part < 1:
-        raise UserError(f"--batch {config.batch}: --triplet-part {config.triplet_part} of the {B} a process draws is no "
-                        "image; raise one of the two, or pass --ordinal 0")
+        raise UserError(f"--triplet-part {config.triplet_part} of the {B} images of a process is none; "
+                        "raise it or --batch, or pass --ordinal 0")
 
     torch.manual_seed(seed_of("weights", config.seed))
     model = build(config, len(names), device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-    lock = lock_folder(out) if rank == 0 else None  # held as long as this variable
-    step = resume(out / "checkpoint.pt", config, classes, model, ema, optimizer)
-    if step != largest(step, device):
+    parts = dict(model=model, ema=ema, optimizer=optimizer)
+    lock = lock_folder(out) if RANK == 0 else None  # held as long as this variable
+    step = resume(out, config, classes, parts)
+    if len(set(from_all(step))) > 1:
         raise UserError(f"{out}: not the same folder for all processes; it must be one that all see")
-    log = Log(out / "metrics.csv", step, config) if rank == 0 else None
-    say(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} x {world}, "
+    log, progress = Log(out / "metrics.csv", step), Progress(config.steps, "steps", step)
+    say(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} x {WORLD}, "
         f"step {step:,} of {config.steps:,}")
 
     images, alpha_bar, net = images.to(device), alpha_bars(config), compiled(model, config, device)
@@ -809,28 +813,33 @@ def train(config: Config) -> Path:
     stopping = False
     with noted_signals() as signals:
         while True:
-            sheet_due = step == config.steps or (config.sheet_every and step % config.sheet_every == 0)
+            at_end = step >= config.steps
             sheet_file = out / "sheets" / f"{step:06d}.png"
-            if rank == 0 and step and sheet_due and not sheet_file.exists():
+            sheet_due = at_end or (step and config.sheet_every and step % config.sheet_every == 0)
+            if RANK == 0 and sheet_due and not sheet_file.exists():
                 sheet = draw_sheet(ema, classes, config, device)
-                for file in (out / "sheet.png", sheet_file):
-                    save_picture(sheet, file)
-            if step >= config.steps or stopping:
+                save_picture(sheet, out / "sheet.png")
+                save_picture(sheet, sheet_file)
+            if at_end or stopping:
                 break
-            rng = torch.Generator().manual_seed(seed_of("batch", config.seed, step, rank))
+            rng = torch.Generator().manual_seed(seed_of("batch", config.seed, step, RANK))
             batch = draw_batch(labels, severities, config, B, rng).to(device)
-            torch.manual_seed(seed_of("eps", config.seed, step, rank))  # of eps and of dropout
+            torch.manual_seed(seed_of("eps", config.seed, step, RANK))  # of eps and of dropout
             losses = training_step(net, ema, optimizer, images, batch, alpha_bar, config, step, average)
             step += 1
-            if world == 1 or step % 10 == 0:  # several processes agree on it, which costs time
-                stopping = largest(len(signals), device) > 0
-            if rank == 0:
-                due = step % config.log_every == 0 or step == config.steps
-                log.add(step, losses, measure_line(ema, images, alpha_bar) if due else ())
+            if WORLD == 1 or step % 10 == 0:  # several processes agree on it, which costs time
+                stopping = any(from_all(len(signals)))
+            if RANK == 0:
+                measuring = step % config.log_every == 0 or step == config.steps
+                log.pending.append((step, losses, measure_line(ema, images, alpha_bar) if measuring else ()))
+                if progress.due(step):
+                    progress.show(step, log.means(config.log_every))
                 if step % config.save_every == 0 or step == config.steps or stopping:
-                    log.write()  # before saving: it raises where a loss is not finite
-                    save_checkpoint(out / "checkpoint.pt", config, classes, model, ema, optimizer, step)
-        wait_for_all()  # until the first process has saved
+                    write_text(log.path, "\n".join(log.read()) + "\n")  # raises where a loss is not finite
+                    state = dict(config=asdict(config), classes=asdict(classes), step=step)
+                    state |= {name: part.state_dict() for name, part in parts.items()}
+                    write_file(out / "checkpoint.pt", partial(torch.save, state))
+        from_all(None)  # the others wait until the first has saved
     if step < config.steps:
         say(f"{out}: stopped and saved at step {step:,}; the same command goes on from there")
         raise SystemExit(128 + signals[0])
@@ -839,43 +848,30 @@ def train(config: Config) -> Path:
 
 
 class Log:
-    """metrics.csv, a row a step, and the line of progress. Losses stay on the device until then."""
+    """metrics.csv, a row a step. Losses stay on the device until they are read: that waits for it."""
 
-    COLUMNS = ("step", "loss", "dm", "ordinal", "grad_norm", "straightness", "gap")
+    def __init__(self, path: Path, step: int):
+        self.path, self.pending = path, []  # (step, (4,) of training_step, straightness and gap or nothing)
+        self.rows = ["step,loss,dm,ordinal,grad_norm,straightness,gap"]
+        if step and path.exists():  # without rows that an interrupted run wrote after its last checkpoint
+            self.rows = path.read_text().splitlines()[: step + 1]
 
-    def __init__(self, path: Path, step: int, config: Config):
-        self.path, self.pending, self.recent, self.measured = path, [], deque(maxlen=config.log_every), ()
-        self.progress = Progress(config.steps, "steps", step)
-        rows = [self.COLUMNS]
-        if step and path.exists():  # rows that an interrupted run wrote after its last checkpoint go
-            with open(path, newline="") as file:
-                rows += itertools.islice(csv.reader(file), 1, step + 1)
-        write_file(path, lambda file: file.write("".join(",".join(row) + "\n" for row in rows).encode()))
-
-    def add(self, step: int, losses: Tensor, measured: Sequence[float]) -> None:
-        """losses: (4,) of training_step; measured: straightness and gap, after some steps."""
-        self.pending.append((step, losses, measured))
-        self.measured = measured or self.measured
-        if self.progress.due(step):
-            self.write()
-            _, dm, ordinal, _ = np.mean(self.recent, axis=0)  # of the last log_every steps
-            line = f"  L_DM {dm:.4f}  lambda_t L_ordinal {ordinal:.6f}"
-            if self.measured:
-                line += "  straightness {:.3f}  gap {:.4f}".format(*self.measured)
-            self.progress.show(step, line)
-
-    def write(self) -> None:
-        """Write the pending rows; losses that are not finite end the run before it is saved."""
-        with open(self.path, "a") as file:
-            for step, losses, measured in self.pending:
-                losses = losses.tolist()
-                if not all(map(math.isfinite, losses)):
-                    raise UserError(f"step {step}: the loss is not finite; train with a lower --lr in another --out "
-                                    "(checkpoint.pt holds the last good state, if one was saved)")
-                cells = [f"{value:.7g}" for value in (step, *losses, *measured)] + ["", ""] * (not measured)
-                file.write(",".join(cells) + "\n")
-                self.recent.append(losses)
+    def read(self) -> list[str]:
+        """The rows; losses that are not finite end the run."""
+        for step, losses, measured in self.pending:
+            cells = [step, *losses.tolist(), *measured]
+            if not all(map(math.isfinite, cells[:5])):
+                raise UserError(f"step {step}: the loss is not finite; train with a lower --lr in another "
+                                "--out (checkpoint.pt holds the last good state, if one was saved)")
+            self.rows.append(",".join([f"{cell:.7g}" for cell in cells] + [""] * (7 - len(cells))))
         self.pending = []
+        return self.rows
+
+    def means(self, last: int) -> str:
+        rows = [row.split(",") for row in self.read()[1:][-last:]]
+        dm, ordinal = np.mean([[float(row[2]), float(row[3])] for row in rows], axis=0)
+        line = [f"  straightness {row[5]}  gap {row[6]}" for row in rows if row[6]]
+        return f"  L_DM {dm:.4f}  lambda_t L_ordinal {ordinal:.6f}" + "".join(line[-1:])
 
 
 # ------------------------------------------------------------------------------ sampling run
@@ -883,27 +879,31 @@ class Log:
 
 @torch.no_grad()
 def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple], config: Config,
-                device: torch.device | str = "cpu") -> Tensor:
+                device: torch.device | str = "cpu", given: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Images at positions in 0..C-1: (B, 3, size, size) uint8 on the CPU.
 
     All noise of row i comes from keys[i] alone, so it is the same image in any batch.
+    given: (images uint8, own positions) to move. Each is encoded at its own position, which leaves in x_T
+    what the class does not explain, and drawn from there; nothing is clipped, as encoding clipped nothing.
     """
     rngs = [torch.Generator().manual_seed(seed_of("sample", *key)) for key in keys]
-    position = torch.tensor(position)
+    alpha_bar = alpha_bars(config)
+    times = torch.linspace(config.timesteps, 0, config.sample_steps + 1).round().long().tolist()
 
-    def noise(x: Tensor | None = None) -> Tensor:
+    def eps_at(position):
+        return lambda x_t, t: guided_eps(model, x_t, t, position, config.guidance)
+
+    def noise(x=None):
         drawn = [torch.randn(3, config.size, config.size, generator=rng) for rng in rngs]
         return torch.stack(drawn).to(device)
 
-    def eps_fn(x_t: Tensor, t: Tensor) -> Tensor:
-        return guided_eps(model, x_t, t, position, config.guidance)
-
-    return to_uint8(ddim(eps_fn, noise(), alpha_bars(config), ddim_times(config), config.eta, noise=noise)).cpu()
-
-
-def ddim_times(config: Config) -> list[int]:
-    """T ... 0, evenly spaced in --sample-steps steps."""
-    return torch.linspace(config.timesteps, 0, config.sample_steps + 1).round().long().tolist()
+    if given:
+        images, own = given
+        x_T = ddim(eps_at(own), to_unit(images).to(device), alpha_bar, times[::-1], clip=False)
+    else:
+        x_T = noise()
+    eps_fn = eps_at(torch.tensor(position))
+    return to_uint8(ddim(eps_fn, x_T, alpha_bar, times, config.eta, clip=not given, noise=noise)).cpu()
 
 
 def draw_sheet(model: UNet, classes: Classes, config: Config, device: torch.device, rows: int = 6):
@@ -921,10 +921,9 @@ def to_picture(image: Tensor) -> Image.Image:
 
 def sheet_of(columns: Sequence[tuple[str, Sequence[Tensor]]]) -> Image.Image:
     """Columns of (title, pictures (3, size, size) uint8) as one picture, small ones enlarged."""
-    size = next(picture.shape[-1] for _, pictures in columns for picture in pictures)
+    rows, size = max(len(pictures) for _, pictures in columns), columns[0][1][0].shape[-1]
     side, top = size * max(1, 128 // size), 24
-    height = max(len(pictures) for _, pictures in columns) * (side + 4) + 4 + top
-    sheet = Image.new("RGB", (len(columns) * (side + 4) + 4, height), "white")
+    sheet = Image.new("RGB", (len(columns) * (side + 4) + 4, rows * (side + 4) + 4 + top), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for x, (title, pictures) in enumerate(columns):
         left = 4 + x * (side + 4)
@@ -936,7 +935,7 @@ def sheet_of(columns: Sequence[tuple[str, Sequence[Tensor]]]) -> Image.Image:
 
 
 def save_series(columns: Sequence[tuple[str, Sequence[Tensor]]], file: Path) -> None:
-    """Columns as for sheet_of, of rising severity, as a moving picture: rows side by side, up and down again."""
+    """Columns of rising severity as a moving picture: their rows side by side, up and down again."""
     frames = [sheet_of([(title if x == 0 else "", [picture]) for x, picture in enumerate(pictures)])
               for title, pictures in columns]
     frames += frames[-2:0:-1]
@@ -950,14 +949,13 @@ def parse_severities(text: str, classes: Classes, flag: str = "--class") -> dict
     if text == "all" or text in positions:
         return positions if text == "all" else {text: positions[text]}
     low, high = classes.severities[0], classes.severities[-1]
-    first, *rest = text.split(":")
-    last, step = [*rest, "1"][:2] if rest else (first, "1")
     try:
-        count = int((float(last) - float(first)) / float(step) + 1e-6) + 1
-        severities = [round(float(first) + i * float(step), 6) for i in range(min(count, 1001))]
-    except (ValueError, OverflowError, ZeroDivisionError):
+        first, last, step = map(float, text.split(":") if ":" in text else (text, text, 1))
+        count = int((last - first) / step + 1e-6) + 1
+        severities = [round(first + i * step, 6) for i in range(count if count <= 1000 else 0)]
+    except (ValueError, ArithmeticError):
         severities = []
-    if not 1 <= len(severities) <= 1000 or len(rest) > 2 or min(severities) < low or max(severities) > high:
+    if not severities or min(severities) < low or max(severities) > high:
         raise UserError(f"{flag} {text}: name one of {', '.join(classes.names)}, a severity from {low:g} to "
                         f"{high:g}, or FIRST:LAST:STEP, as 0:3:0.25")
     wanted = {}
@@ -967,36 +965,34 @@ def parse_severities(text: str, classes: Classes, flag: str = "--class") -> dict
     return wanted
 
 
-def newest_checkpoint() -> Path:
-    """That of the run in runs/ that was saved last, else the one that comes with the program."""
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    return runs[-1] if runs else HERE / "data" / "demo.pt"
-
-
 @dataclass
-class Loaded:
-    """A network ready to draw and read: its settings, classes, device, RUN-STEP and the hash of its weights."""
+class Network:
+    """A trained network ready to draw and read. batch: images at once; name: RUN-STEP; sha256: its file's."""
 
     model: UNet
     config: Config
     classes: Classes
     device: torch.device
+    batch: int
     name: str
     sha256: str
 
 
-def load_network(checkpoint: str | Path, device: str, **changes) -> Loaded:
-    """The averaged network of a checkpoint's file or a run's folder [the newest in runs/, else data/demo.pt]."""
-    path, state = load_checkpoint(checkpoint or newest_checkpoint())
-    config, classes = replace(state["config"], **changes), state["classes"]
-    check_config(config)
-    device = start(device)
-    model = build(config, len(classes.names), device).eval()
-    load_weights(path, (model, state["ema"]))
-    say(f"{path}: step {state['step']:,}, classes {', '.join(classes.names)}")
+def load_network(checkpoint: str | Path, device: str, **changes) -> Network:
+    """The averaged network of a checkpoint or a run's folder [the newest in runs/, else data/demo.pt]."""
+    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    path = checkpoint_file(checkpoint or [HERE / "data" / "demo.pt", *runs][-1])
+    with checkpoint_at(path) as state:
+        config, classes = replace(state["config"], **changes), state["classes"]
+        check_config(config)
+        device = start(device)
+        model = build(config, len(classes.names), device).eval()
+        model.load_state_dict(state["ema"])
+        say(f"{path}: step {state['step']:,}, classes {', '.join(classes.names)}")
+    batch = 16 if device.type == "cpu" else 128
     run = path.parent.name if path.name == "checkpoint.pt" else f"{path.parent.name}-{path.stem}"
-    sha256 = hashlib.sha256(b"".join(w.numpy().tobytes() for w in state["ema"].values())).hexdigest()
-    return Loaded(model, config, classes, device, f"{run}-{state['step']}", sha256)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Network(model, config, classes, device, batch, f"{run}-{state['step']}", sha256)
 
 
 def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0,
@@ -1009,56 +1005,72 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     of every severity [16 of one, else 8]. Image i of a class depends on (seed, class, i) alone; in a series
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
-    With image (a file or folder), given images are moved instead: see move.
+
+    With image, a file or folder, given images are moved to other severities instead, without guidance, into
+    OUT/<class>/<name>.png; at: the severity that they have, else it is read from each.
     """
     if image and (n or each or {"guidance", "eta"} & changes.keys()) or (at and not image):
-        raise UserError("--image, images to move: goes with --at, and not with -n, --each, --guidance or --eta")
+        raise UserError("--image, images to move: goes with --at, not with -n, --each, --guidance or --eta")
+    if min(n, each, batch) < 0 or (n and each):
+        raise UserError("-n, --each, --batch: 0 or more, and only one of -n and --each")
     if image:
-        return move(image, severity, at, checkpoint, out, seed, batch or 16, device, **changes)
-    loaded = load_network(checkpoint, device, **changes)
-    config, classes, device = loaded.config, loaded.classes, loaded.device
-    if min(n, each, batch, seed) < 0 or (n and each):
-        raise UserError("-n, --each, --batch, --seed: 0 or more, and only one of -n and --each")
+        changes.update(guidance=1.0, eta=0.0)
+    network = load_network(checkpoint, device, **changes)
+    config, classes, device = network.config, network.classes, network.device
     wanted, series = parse_severities(severity, classes), ":" in severity
-    counts = [each or (16 if len(wanted) == 1 else 8)] * len(wanted)
-    if n:
-        whole = all(position.is_integer() for position in wanted.values())
-        parts = [classes.counts[int(position)] if whole else 1 for position in wanted.values()]
-        counts = np.diff(np.round(n * np.cumsum([0, *parts]) / sum(parts))).astype(int)
-    out = Path(out or f"samples/{loaded.name}" + "-series" * series)
-    rank, world = rank_and_world()
-    if rank == 0:
-        lock = lock_folder(out)  # held as long as this variable
-        note_settings(out, dict(weights=loaded.sha256, seed=seed, series=series, guidance=config.guidance,
-                                sample_steps=config.sample_steps, eta=config.eta))
-    wait_for_all()
+    out = Path(out or f"samples/{network.name}" + ("-moved" if image else "-series" * series))
+    if image:
+        files, _, images = given_images([image], network)
+        if at:
+            own = torch.tensor([*parse_severities(at, classes, "--at").values()][:1] * len(files))
+        else:
+            own = read_positions(images, network, seed).float()
+        folder, counts = Path(image).resolve(), [len(files)] * len(wanted)
+        titles = [Path("-".join(file.relative_to(folder).parts) or file.name).stem for file in files]
+    else:
+        counts = [each or (16 if len(wanted) == 1 else 8)] * len(wanted)
+        if n:
+            whole = all(position.is_integer() for position in wanted.values())
+            parts = [classes.counts[int(position)] if whole else 1 for position in wanted.values()]
+            counts = np.diff(np.round(n * np.cumsum([0, *parts]) / sum(parts))).astype(int)
+        titles = [f"{i:05d}" for i in range(max(counts))]
+        if RANK == 0:
+            lock = lock_folder(out)  # held as long as this variable
+            note_settings(out, dict(checkpoint=network.sha256, seed=seed, series=series, eta=config.eta,
+                                    guidance=config.guidance, sample_steps=config.sample_steps))
+    from_all(None)  # the others wait for the first
 
-    jobs = [(out / name / f"{i:05d}.png", position, (seed, i) if series else (seed, i, round(position, 6)))
+    jobs = [(out / name / f"{titles[i]}.png", position, i)
             for (name, position), count in zip(wanted.items(), counts) for i in range(count)]
-    if config.compile == "auto" and len(jobs) < 1000:
-        config = replace(config, compile="off")  # compiling takes longer than so few images
-    net, progress = compiled(loaded.model, config, device), Progress(len(jobs), "images")
-    batch = min(batch or (16 if device.type == "cpu" else 128), len(jobs))
-    for at in range(rank * batch, len(jobs), world * batch):
+    net = network.model
+    if config.compile == "on" or len(jobs) >= 1000:  # compiling takes longer than a few images do
+        net = compiled(net, config, device)
+    batch, progress = min(batch or network.batch, len(jobs)), Progress(len(jobs), "images")
+    for first in range(RANK * batch, len(jobs), WORLD * batch):
         # Batches are laid out over all jobs and always whole, so that an image shares its batch with the same
         # others whatever is there already: not even its rounding changes.
-        some = jobs[at : at + batch]
-        if not all(file.exists() for file, _, _ in some):
-            files, positions, keys = zip(*(some + some[-1:] * batch)[:batch])
-            pictures = map(to_picture, draw_images(net, positions, keys, config, device))
+        some = jobs[first : first + batch]
+        if image or not all(file.exists() for file, _, _ in some):
+            files, positions, index = zip(*(some + some[-1:] * batch)[:batch])
+            keys = [(seed, i) if series else (seed, i, round(p, 6)) for i, p in zip(index, positions)]
+            given = (images[list(index)], own[list(index)]) if image else None
+            pictures = map(to_picture, draw_images(net, positions, keys, config, device, given))
             with ThreadPoolExecutor() as pool:
                 list(pool.map(save_picture, pictures, files[: len(some)]))
-        progress.show(min(at + world * batch, len(jobs)))
-    wait_for_all()
-    if rank == 0:
-        most = 8 if len(wanted) > 1 else 64
-        columns = []
+        progress.show(min(first + WORLD * batch, len(jobs)))
+    from_all(None)
+    if RANK == 0:
+        columns, most = [], 64 if len(wanted) == 1 and not image else 8
         for name, count in zip(wanted, counts):
-            files = [out / name / f"{i:05d}.png" for i in range(min(count, most))]
-            columns.append((name, [read_square(file, config.size) for file in files]))
+            if count:
+                shown = titles[:: math.ceil(count / most)] if image else titles[: min(count, most)]
+                files = [out / name / f"{title}.png" for title in shown]
+                columns.append((name, [read_square(file, config.size) for file in files]))
         if series:
             save_series(columns, out / "series.gif")
-        if len(columns) == 1:  # one severity: a square of its images
+        if image:
+            columns.insert(0, ("given", images[:: math.ceil(len(images) / most)]))
+        elif len(columns) == 1:  # one severity: a square of its images
             (name, pictures), side = columns[0], math.ceil(math.sqrt(len(columns[0][1])))
             columns = [(name if x == 0 else "", pictures[x::side]) for x in range(side)]
         save_picture(sheet_of(columns), out / "sheet.png")
@@ -1070,48 +1082,42 @@ def note_settings(out: Path, settings: dict) -> None:
     """Keep images of different settings apart: OUT/sample.json says what the folder's were drawn with."""
     file, text = out / "sample.json", json.dumps(settings, indent=1)
     if file.exists() and file.read_text(errors="replace") != text:
-        raise UserError(f"{out}: holds images of another checkpoint or other settings (see its sample.json); delete "
-                        "it or choose another --out")
-    write_file(file, lambda stream: stream.write(text.encode()))
+        raise UserError(f"{out}: holds images of another checkpoint or other settings, see its sample.json; "
+                        "delete it or choose another --out")
+    write_text(file, text)
 
 
-# ----------------------------------------------------------------- given images: grade and move
+# ------------------------------------------------------------------------------ given images
 
 
-def given_images(paths: Sequence[str | Path], loaded: Loaded) -> tuple[list[Path], list[str], list[str], Tensor]:
-    """Of image files and folders: (files, what to call each, class it lies under or "", images (N, 3, size, size) uint8).
+def given_images(paths: Sequence[str | Path], network: Network) -> tuple[list[Path], list[str], Tensor]:
+    """Of image files and folders: (files, class each lies under or "", images (N, 3, size, size) uint8).
 
     That class is its grade in a CSV of the folder, or the nearest folder above that has the name of one.
     """
-    files, calls, given, config, names = [], [], [], loaded.config, loaded.classes.names
+    files, own, config, names = [], [], network.config, network.classes.names
     for path in (Path(path).resolve() for path in paths):
         found = list_images(path) if path.is_dir() else [path]
         if not found:
             raise UserError(f"{path}: no images in it")
-        table, _ = classes_from_csv(path, found, config.columns) if path.is_dir() else ({}, "")
-        for file in found:
-            folders = [table.get(file), *(folder.name for folder in file.parents)]
-            files.append(file)
-            calls.append("-".join(file.relative_to(path).parts) or file.name)
-            given.append(next((name for name in folders if name in names), ""))
-    progress, images = Progress(len(files), "images opened"), []
-    for file in files:
-        images.append(read_square(file, config.size, config.crop, keep=True))
-        progress.show(len(images))
-    return files, calls, given, torch.stack(images)
+        class_of = classes_from_folders(Path(path.anchor), found, names)
+        class_of |= classes_from_csv(path, found, config.columns)
+        files += found
+        own += [class_of.get(file, "") for file in found]
+    return files, own, read_squares(files, size=config.size, crop=config.crop, keep=True)
 
 
-def read_images(images: Tensor, loaded: Loaded, seed: int, batch: int) -> Tensor:
+def read_positions(images: Tensor, network: Network, seed: int) -> Tensor:
     """read_position of uint8 images, a batch at a time: (N, 3, H, W) -> (N,)."""
-    found, progress = [], Progress(len(images), "images read")
-    for part in images.split(batch):
-        found += read_position(loaded.model, to_unit(part).to(loaded.device), alpha_bars(loaded.config), seed)
+    found, progress, alpha_bar = [], Progress(len(images), "severities read"), alpha_bars(network.config)
+    for part in images.split(network.batch):
+        found += read_position(network.model, to_unit(part).to(network.device), alpha_bar, seed)
         progress.show(len(found))
     return torch.stack(found)
 
 
 def quadratic_kappa(confusion: Tensor) -> float | None:
-    """Cohen's kappa with weights (i - j)^2 of a (C, C) table of counts: 1 perfect, 0 chance; None for one class."""
+    """Cohen's kappa with weights (i - j)^2 of (C, C) counts: 1 perfect, 0 chance; None for one class."""
     table = confusion.double()
     index = torch.arange(len(table), dtype=torch.float64)
     cost = (index[:, None] - index).square()
@@ -1120,17 +1126,17 @@ def quadratic_kappa(confusion: Tensor) -> float | None:
 
 
 def grade(images: Sequence[str | Path], checkpoint: str | Path = "", out: str | Path = "", seed: int = 0,
-          batch: int = 16, device: str = "auto") -> None:
-    """Read the severity of image files and folders: a CSV of file, severity, grade (the nearest class) and given.
+          device: str = "auto") -> None:
+    """Read the severity of image files and folders: a CSV of file, severity, grade (nearest class), given.
 
-    It goes to `out`, or else to standard output; what else there is to say, to standard error. Where all images
-    lie under a class (see given_images), so does a comparison: kappa, mean error, a table of given and read.
+    It goes to `out`, or else to standard output; what else there is to say, to standard error: where all
+    images lie under a class (see given_images), a comparison: kappa, mean error, each class's readings.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        loaded = load_network(checkpoint, device)
-        files, _, given, pixels = given_images(images, loaded)
-        positions = read_images(pixels, loaded, seed, batch)
-    names, scale = loaded.classes.names, torch.tensor(loaded.classes.severities)
+        network = load_network(checkpoint, device)
+        files, given, pixels = given_images(images, network)
+        positions = read_positions(pixels, network, seed)
+    names, scale = network.classes.names, torch.tensor(network.classes.severities)
     severities = torch.tensor(np.interp(positions, range(len(names)), scale))
     nearest = (positions + 0.5).long()
     table = io.StringIO()
@@ -1139,70 +1145,25 @@ def grade(images: Sequence[str | Path], checkpoint: str | Path = "", out: str | 
     for file, severity, c, own in zip(files, severities, nearest, given):
         rows.writerow([file, f"{severity:.3f}", names[c], own])
     if out:
-        write_file(Path(out), lambda file: file.write(table.getvalue().encode()))
+        write_text(Path(out), table.getvalue())
     else:
         print(table.getvalue(), end="")
-    if not all(given):
-        print("some images lie under no class of the checkpoint: no grades to compare with", file=sys.stderr)
-        return
-    own = torch.tensor([names.index(name) for name in given])
-    confusion = torch.zeros(len(names), len(names)).index_put((own, nearest), torch.ones(()), accumulate=True)
-    kappa, error = quadratic_kappa(confusion), (severities - scale[own]).abs().mean()
-    print(f"{len(files):,} images, quadratic kappa {kappa or math.nan:.3f}, mean error {error:.3f}", file=sys.stderr)
-    print("\t".join(["given", "read", *names, "mean severity read"]), file=sys.stderr)
-    for c, name in enumerate(names):
-        counts = [f"{n:.0f}" for n in confusion[c]]
-        print("\t".join([name, "", *counts, f"{severities[own == c].mean():.2f}"]), file=sys.stderr)
-
-
-@torch.no_grad()
-def move(image: str | Path, severity: str = "all", at: str = "", checkpoint: str | Path = "", out: str | Path = "",
-         seed: int = 0, batch: int = 16, device: str = "auto", **changes) -> Path:
-    """Show given images at other severities: OUT/<class>/<name>.png and OUT/sheet.png. Returns OUT.
-
-    Each image is encoded at its own severity (`at`, or else read from it), which leaves in x_T what the class
-    does not explain, and drawn from there at each severity asked for; without guidance both ways.
-    """
-    loaded = load_network(checkpoint, device, **changes)
-    _, calls, _, images = given_images([image], loaded)
-    wanted = parse_severities(severity, loaded.classes)
-    if at:
-        positions = torch.tensor([*parse_severities(at, loaded.classes, "--at").values()][:1] * len(images))
-    else:
-        positions = read_images(images, loaded, seed, batch)
-    out = Path(out or f"samples/{loaded.name}-moved")
-    lock = lock_folder(out)  # held as long as this variable
-    alpha_bar, times = alpha_bars(loaded.config), ddim_times(loaded.config)
-    columns, progress = {name: [] for name in wanted}, Progress(len(images), "images moved")
-
-    def at_position(position: Tensor) -> Callable:
-        return lambda x_t, t: guided_eps(loaded.model, x_t, t, position, scale=1.0)
-
-    for part in torch.arange(len(images)).split(batch):
-        x_0 = to_unit(images[part]).to(loaded.device)
-        x_T = ddim(at_position(positions[part].float()), x_0, alpha_bar, times[::-1], clip=False)
-        for name, position in wanted.items():
-            eps_fn = at_position(torch.full((len(part),), position))
-            drawn = to_uint8(ddim(eps_fn, x_T, alpha_bar, times, clip=False)).cpu()  # encoding, undone
-            columns[name] += drawn
-            for i, picture in zip(part, drawn):
-                save_picture(to_picture(picture), (out / name / calls[i]).with_suffix(".png"))
-        progress.show(len(columns[name]))
-    shown = slice(0, None, math.ceil(len(images) / 8))
-    columns = [(name, pictures[shown]) for name, pictures in columns.items()]
-    if ":" in severity:
-        save_series(columns, out / "series.gif")
-    save_picture(sheet_of([("given", images[shown]), *columns]), out / "sheet.png")
-    say(f"{len(images):,} images at {len(wanted)} severities are in {out}; {out / 'sheet.png'} shows some")
-    return out
+    with contextlib.redirect_stdout(sys.stderr):
+        if not set(given) <= set(names):
+            say("some images lie under no class of the checkpoint: no grades to compare with")
+            return
+        own = torch.tensor([names.index(name) for name in given])
+        confusion = torch.zeros(len(names), len(names), dtype=torch.long)
+        confusion.index_put_((own, nearest), torch.tensor(1), accumulate=True)
+        kappa, error = quadratic_kappa(confusion), (severities - scale[own]).abs().mean()
+        kappa = "of one class: none" if kappa is None else f"{kappa:.3f}"
+        say(f"{len(files):,} images, quadratic kappa {kappa}, mean error {error:.3f}")
+        for c, name in enumerate(names):
+            read = ", ".join(f"{n} as {other}" for n, other in zip(confusion[c].tolist(), names))
+            say(f"given {name}: read {read}; mean severity read {severities[own == c].mean():.2f}")
 
 
 # ------------------------------------------------------------------------- devices, processes
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are (under torchrun)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start(name: str) -> torch.device:
@@ -1210,14 +1171,14 @@ def start(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name + f":{os.environ.get('LOCAL_RANK', 0)}" * (name == "cuda"))
+        device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {error}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one shape: look for the fastest kernels
-    if rank_and_world()[1] > 1 and not dist.is_initialized():
+    if WORLD > 1 and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=bound)
     return device
@@ -1244,54 +1205,37 @@ def compiled(model: UNet, config: Config, device: torch.device) -> nn.Module:
 
 def average(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over all processes, in one message."""
-    if dist.is_initialized():
+    if WORLD > 1:
         message = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(message)
-        means = (message / dist.get_world_size()).split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [mean.view_as(t) for t, mean in zip(tensors, means)])
+        for t, mean in zip(tensors, (message / WORLD).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
 
 
-def largest(number: int, device: torch.device) -> int:
-    """The largest of all processes' numbers."""
-    if dist.is_initialized():
-        shared = torch.tensor(number, device=device)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
-        number = shared.item()
-    return number
-
-
-def wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def from_all(value) -> list:
+    """The value of every process; it waits until all have come here."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
 def noted_signals():
     """A list of the Ctrl-C and SIGTERM (clusters send it) that came, so that a loop can save first."""
-    noted, begun = [], time.monotonic()
-
-    def note(number, frame):
-        nonlocal begun
-        if noted and time.monotonic() > begun + 2:  # launchers send one stop twice; a later one ends at once
-            raise KeyboardInterrupt
-        noted.append(number)
-        begun = time.monotonic()
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    noted, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: noted.append(number)) for number in numbers]
     try:
         yield noted
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 
 def say(line: str) -> None:
     """Print a line, from the first process alone."""
-    if rank_and_world()[0] == 0:
+    if RANK == 0:
         print(line, flush=True)
-
-
-TIME_UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"))  # and their seconds
 
 
 class Progress:
@@ -1306,17 +1250,17 @@ class Progress:
     def show(self, done: int, text: str = "") -> None:
         if self.due(done):
             seconds = time.monotonic() - self.begun
-            self.next = time.monotonic() + min(max(seconds / 10, 3), 60)
-            left = (self.total - done) * seconds / (done - self.first)
-            size, unit = next((size, unit) for size, unit in TIME_UNITS if left >= 2 * size or size == 60)
-            say(f"{done:,}/{self.total:,} {self.unit}{text}" + f"  {left / size:.1f} {unit} left" * (left > 0))
+            self.next = time.monotonic() + min(3 + seconds / 10, 60)
+            left = timedelta(seconds=round((self.total - done) * seconds / (done - self.first)))
+            say(f"{done:,}/{self.total:,} {self.unit}{text}  {left} left")  # as 2 days, 3:04:05
 
 
 # ------------------------------------------------------------------ checkpoints and other files
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    """The flag of a setting or an argument."""
+    return {"severity": "--class", "n": "-n"}.get(name, "--" + name.replace("_", "-"))
 
 
 def check_config(config: Config) -> None:
@@ -1337,7 +1281,6 @@ def check_config(config: Config) -> None:
         (alpha_bars(config)[-1] < 1e-30, f"--beta-T {config.beta_T}: leaves nothing of the image; lower it"),
         (config.sample_steps > config.timesteps, "--sample-steps: must be at most --timesteps"),
         (config.spacing and config.distance == "squared", "--spacing: its shares are of Euclidean distances"),
-        (config.columns and config.columns.count(",") != 1, "--columns: name two, as ID,GRADE"),
     ):
         if wrong:
             raise UserError(message)
@@ -1351,7 +1294,7 @@ def draw_demo(root: Path) -> None:
 
 
 def write_file(path: Path, write: Callable) -> None:
-    """write(file) to a neighbour that then takes path's place: a kill or full disk leaves the old file whole."""
+    """write(file) to a neighbour that then takes path's place: a kill or full disk leaves the old whole."""
     neighbour = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1360,96 +1303,99 @@ def write_file(path: Path, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(neighbour, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save says that the disk is full
         neighbour.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save, disk full
-            raise
         raise UserError(f"{path}: cannot be written ({error}): free some space or choose another place; what "
                         "was saved before is intact") from None
+
+
+def lock_folder(out: Path):
+    """Make the folder and lock it: the lock ends with the file returned, or with the process."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "a")
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        raise UserError(f"{out}: another process is writing there; wait, or choose another --out") from None
+    return lock
+
+
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda file: file.write(text.encode()))
 
 
 def save_picture(picture: Image.Image, file: Path) -> None:
     write_file(file, partial(picture.save, format="PNG"))
 
 
-def lock_folder(out: Path):
-    """Make the folder and lock it: the lock ends with the file returned, or with the process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{out}: another process is writing there; wait, or choose another --out") from None
-    return lock
-
-
-def save_checkpoint(path: Path, config: Config, classes: Classes, model, ema, optimizer, step: int) -> None:
-    state = dict(config=asdict(config), classes=asdict(classes), step=step, model=model.state_dict(),
-                 ema=ema.state_dict(), optimizer=optimizer.state_dict())
-    write_file(path, lambda file: torch.save(state, file))
-
-
-def load_checkpoint(path: str | Path) -> tuple[Path, dict]:
-    """(path, {config: Config, classes: Classes, step, ema, [model, optimizer]}) of a file or a run's folder.
-
-    Runs no code from it; raises UserError where it is not a whole checkpoint.
-    """
+def checkpoint_file(path: str | Path) -> Path:
+    """A checkpoint's file, given that or its run's folder."""
     path = Path(path).resolve()
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; `python odm.py train` makes one")
+    return path / "checkpoint.pt" if path.is_dir() else path
+
+
+@contextlib.contextmanager
+def checkpoint_at(path: str | Path):
+    """{config: Config, classes: Classes, step, ema, [model, optimizer]} of a checkpoint; no code in it runs.
+
+    Whatever is wrong with it, here or inside the `with`, is one line: damaged files raise many kinds.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        known, there = {f.name for f in fields(Config)}, set(state["config"])
-        state["config"] = Config(**{name: value for name, value in state["config"].items() if name in known})
-        state["classes"] = Classes(**state["classes"])
+        state.update(config=Config(**state["config"]), classes=Classes(**state["classes"]))
         check_config(state["config"])
-        state["step"], state["ema"]
-    except Exception as error:  # unpickling damaged or foreign files raises many kinds
-        raise UserError(f"{path}: not a whole checkpoint of odm.py ({error}); take another") from None
-    if known != there:
-        say(f"{path}: of another version, which differs in the settings {', '.join(sorted(known ^ there))}")
-    return path, state
+        yield state
+    except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        raise UserError(f"{path}: no whole checkpoint of odm.py, or not of the network that --ch, --ch-mult, "
+                        f"--blocks, --attention describe ({str(error)[:200]}); take another") from None
 
 
-def load_weights(path: str | Path, *pairs: tuple[nn.Module | torch.optim.Optimizer, dict]) -> None:
-    """Load each (module or optimizer, its state) of a checkpoint."""
-    try:
-        for module, state in pairs:
-            module.load_state_dict(state)
-    except (RuntimeError, AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: its weights are not those of the network that --ch, --ch-mult, --blocks, "
-                        "--attention describe, or not all there; take another") from None
-
-
-def resume(path: Path, config: Config, classes: Classes, model: UNet, ema: UNet, optimizer) -> int:
-    """Load the run's own checkpoint, if there is one, else that of --init; return the step reached."""
-    if not path.exists() and config.init:
-        weights = load_checkpoint(config.init)[1]["ema"]
-        if weights["label.weight"].shape != model.label.weight.shape:  # other classes: a fresh embedding
-            weights["label.weight"] = model.label.weight.detach()
-        load_weights(config.init, (model, weights), (ema, weights))
-    if not path.exists():
-        return 0
-    path, state = load_checkpoint(path)
-    pairs = {flag(f.name): (getattr(state["config"], f.name), getattr(config, f.name))
-             for f in fields(Config) if not f.metadata["may_change"]}
-    pairs["the data"] = state["classes"], classes
-    if differing := [f"{name} (there {a}, now {b})" for name, (a, b) in pairs.items() if a != b]:
-        raise UserError(f"{path.parent}: holds a run with other settings: {', '.join(differing)}: use the same or "
-                        "another --out")
-    load_weights(path, (model, state.get("model")), (ema, state["ema"]), (optimizer, state.get("optimizer")))
-    return state["step"]
+def resume(out: Path, config: Config, classes: Classes, parts: dict) -> int:
+    """Load the run's own checkpoint into parts, if there is one, else --init's; return the step reached."""
+    path = out / "checkpoint.pt"
+    if path.exists():
+        with checkpoint_at(path) as state:
+            there, now = vars(state["config"]) | {"data": state["classes"]}, vars(config) | {"data": classes}
+            fixed = ["data"] + [f.name for f in fields(Config) if not f.metadata["may_change"]]
+            if other := [f"{flag(f)} (there {there[f]}, now {now[f]})" for f in fixed if there[f] != now[f]]:
+                raise UserError(f"{out}: holds a run with other settings: {', '.join(other)}: use the same "
+                                "or another --out")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            return state["step"]
+    if config.init:
+        with checkpoint_at(checkpoint_file(config.init)) as state:
+            weights, embedding = state["ema"], parts["model"].label.weight.detach()
+            if weights["label.weight"].shape != embedding.shape:  # other classes: a fresh embedding
+                weights["label.weight"] = embedding
+            for name in ("model", "ema"):
+                parts[name].load_state_dict(weights)
+    return 0
 
 
 # ------------------------------------------------------------------------------ command line
+
+ABOUT = dict(  # arguments of sample and grade
+    severity='3, "Mayo 3", 1.5 (between two), 0:3:0.25 (a series: one noise a row) or all [all]',
+    checkpoint="a checkpoint or the folder of a run [the newest in runs/, else data/demo.pt]",
+    n="images in all, classes at their training frequencies",
+    each="images of each severity [16 of one, else 8]",
+    out="of sample: folder for the images [samples/RUN-STEP]; of grade: file for the CSV [standard output]",
+    seed="of all noise: image i of a class depends on (seed, class, i) alone [0]",
+    batch="images at once [16 on a CPU, else 128]",
+    device="cpu, cuda, ... [the GPU if there is one]",
+    image="an image or a folder of them to move to --class [none: images are drawn from noise]",
+    at="the severity that the images have [read from them]",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1463,58 +1409,34 @@ def ints(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if text)
 
 
-def add_fields(command: Parser, names: Sequence[str], **kwargs) -> None:
-    """Fields of Config as flags."""
-    for f in (f for f in fields(Config) if f.name in names):
-        about, default = f.metadata, f.default
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = about["help"].replace("%", "%%") + f" [{shown}]" * (shown != "")
-        if isinstance(default, bool):
-            command.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text, **kwargs)
-        else:
-            kind = ints if isinstance(default, tuple) else type(default)
-            metavar = "|".join(about["choices"]) or {ints: "N,N", int: "N", float: "X", str: "TEXT"}[kind]
-            command.add_argument(flag(f.name), type=kind, metavar=metavar, help=text, **kwargs)
-
-
-def add_flags(command: Parser, flags: Sequence[tuple[str, type, str]]) -> None:
-    for name, kind, text in flags:
-        dest = "severity" if name == "--class" else name.strip("-")
-        command.add_argument(name, type=kind, metavar="N" if kind is int else "TEXT", help=text, dest=dest)
+def add_flag(command: Parser, name: str, default, text: str, choices: Sequence[str] = ()) -> None:
+    if isinstance(default, bool):
+        command.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
+    else:
+        kind = ints if isinstance(default, tuple) else type(default)
+        command.add_argument(flag(name), dest=name, type=kind, help=text, choices=choices or None)
 
 
 def parser() -> Parser:
     options = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)  # what is not given is not set
     raw = argparse.RawDescriptionHelpFormatter
     top = Parser(prog="odm.py", description=__doc__, formatter_class=raw, **options)
-    commands = top.add_subparsers(dest="command", required=True, metavar="train|sample|grade")
-
-    command = commands.add_parser("train", help="train on a folder of graded images, or resume", **options)
-    small = ", ".join(f"{name} {value}" for name, value in SMALL.items())
-    command.add_argument("--preset", choices=("paper", "small"), help="paper: the defaults below; small, for two "
-                         f"cores and some minutes: {small} [paper with --data, else small]")
-    add_fields(command, [f.name for f in fields(Config)])
-
-    command = commands.add_parser("sample", help="draw images, or move given ones to other severities", **options)
-    flags = (
-        ("--class", str, '3, "Mayo 3", 1.5 (between two), 0:3:0.25 (a series: one noise a row) or all [all]'),
-        ("--checkpoint", str, "a checkpoint or the folder of a run [the newest in runs/, else data/demo.pt]"),
-        ("-n", int, "images in all, classes at their training frequencies"),
-        ("--each", int, "images of each severity [16 of one, else 8]"),
-        ("--out", str, "folder for them [samples/RUN-STEP, of a series samples/RUN-STEP-series]"),
-        ("--seed", int, "image i of a class depends on (seed, class, i) alone [0]"),
-        ("--batch", int, "images drawn together [16 on a CPU, else 128]"),
-        ("--device", str, "cpu, cuda, ... [the GPU if there is one]"),
-        ("--image", str, "an image or a folder of them to move to --class [none: images are drawn from noise]"),
-        ("--at", str, "the severity that the images have [read from them]"),
-    )
-    add_flags(command, flags)
-    add_fields(command, ["sample_steps", "guidance", "eta", "precision", "compile"])
-
-    command = commands.add_parser("grade", help="read the severity of images", **options)
-    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and folders of them")
-    flags = [flag for flag in flags if flag[0] in ("--checkpoint", "--seed", "--device")]
-    add_flags(command, [*flags, ("--out", str, "file for the CSV [standard output]"), ("--batch", int, "images at once [16]")])
+    commands = top.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train on a folder of graded images, or resume", **options)
+    sampling = commands.add_parser("sample", help="draw images, or move given ones", **options)
+    grading = commands.add_parser("grade", help="read the severity of images", **options)
+    training.add_argument("--preset", choices=("paper", "small"), help="paper: the defaults below; small: "
+                          f"for two cores and some minutes, {SMALL} [paper with --data, else small]")
+    grading.add_argument("images", nargs="+", help="image files, and folders of them")
+    for command, function in ((sampling, sample), (grading, grade)):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name in ABOUT:
+                add_flag(command, name, parameter.default, ABOUT[name])
+    for f in fields(Config):
+        text, choices = f"{f.metadata['help']} [{f.default}]", f.metadata["choices"]
+        add_flag(training, f.name, f.default, text, choices)
+        if f.name in ("sample_steps", "guidance", "eta", "precision", "compile"):
+            add_flag(sampling, f.name, f.default, f"{f.metadata['help']} [as the run]", choices)
     return top
 
 
@@ -1526,10 +1448,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "train":
             preset = args.pop("preset", "paper" if args.get("data") else "small")
             train(Config(**{**(SMALL if preset == "small" else {}), **args}))
-        elif command == "grade":
-            grade(**args)
         else:
-            sample(**args)
+            {"sample": sample, "grade": grade}[command](**args)
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
@@ -1543,7 +1463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = "the connection to another process is lost"
         elif not out_of_memory(error):
             raise
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # what goes wrong in one process ends them all: one says it
+    if LOCAL_RANK == 0:  # what goes wrong in one process ends them all: one says it
         print(f"odm.py: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
