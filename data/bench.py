@@ -1,6 +1,6 @@
 """Speed and memory: training and sampling, alone or beside diffusers; fid.py beside pytorch-fid and prdc.
 
-    python data/bench.py                                   # the paper's settings; any flags of `odm.py train` go
+    python data/bench.py                                      # the paper's settings; takes flags of `train`
     python data/bench.py --preset small --rounds 20
     python data/bench.py --batch 4 --guidance 2 --diffusers   # needs diffusers
     python data/bench.py --fid                                # needs pytorch-fid and prdc
@@ -50,7 +50,8 @@ def of_diffusers(config: odm.Config, device: torch.device) -> tuple:
         up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)]).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     x_0 = torch.randn(config.batch, 3, config.size, config.size, device=device)
-    labels, null = torch.arange(config.batch, device=device) % 4, torch.full((config.batch,), 4, device=device)
+    labels = torch.arange(config.batch, device=device) % 4
+    null = torch.full_like(labels, 4)
     scheduler = DDIMScheduler(config.timesteps, config.beta_1, config.beta_T)
 
     def step():
@@ -81,9 +82,10 @@ def bench_odm(config: odm.Config, rounds: int, beside_diffusers: bool) -> None:
     ema, optimizer = copy.deepcopy(model).eval(), torch.optim.Adam(model.parameters(), fused=True)
     net = odm.compiled(model, config, device)
     actions = {}
-    for name, changes in (("DM", dict(ordinal=0.0)), ("labels", dict(triplets="labels")), ("images", dict(triplets="images"))):
-        variant = replace(config, **changes)
-        batch = odm.draw_batch(labels, [0.0, 1.0, 2.0, 3.0], variant, config.batch, torch.Generator()).to(device)
+    for name in ("DM", "labels", "images"):
+        variant = replace(config, ordinal=0.0) if name == "DM" else replace(config, triplets=name)
+        batch = odm.draw_batch(labels, [0.0, 1.0, 2.0, 3.0], variant, config.batch, torch.Generator())
+        batch = batch.to(device)
         arguments = net, ema, optimizer, images, batch, alpha_bar, variant, 0
         actions[f"train {name}"] = lambda arguments=arguments: odm.training_step(*arguments)
     few = replace(config, sample_steps=4)
@@ -92,8 +94,9 @@ def bench_odm(config: odm.Config, rounds: int, beside_diffusers: bool) -> None:
     if beside_diffusers:
         actions["train diffusers"], actions["sample diffusers"] = of_diffusers(few, device)
     median = alternate(actions, rounds)
-    print(f"{device}, {sum(p.numel() for p in model.parameters()):,} parameters, {config.size}x{config.size}, "
-          f"batch {config.batch}, guidance {config.guidance:g}")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{device}, {parameters:,} parameters, {config.size}x{config.size}, batch {config.batch}, "
+          f"guidance {config.guidance:g}")
     for name, seconds in median.items():
         if name.startswith("train"):
             print(f"{name:17s} {seconds:.4f} s a step, {seconds / median['train DM']:.2f} of DM's")
@@ -115,7 +118,8 @@ def bench_fid(rounds: int) -> None:
         moments = [part for z in (x.numpy(), y.numpy()) for part in (z.mean(0), np.cov(z, rowvar=False))]
         median = alternate({"ours": lambda: fid.frechet_distance(x, y),
                             "pytorch-fid": lambda: calculate_frechet_distance(*moments)}, rounds)
-        print(f"Frechet distance, {n:,} x 2,048: {median}, ratio {median['ours'] / median['pytorch-fid']:.3f}")
+        ratio = median["ours"] / median["pytorch-fid"]
+        print(f"Frechet distance, {n:,} x 2,048: {median}, ratio {ratio:.3f}")
     x, y = torch.rand(2, 10_000, 2048)
     median = alternate({"ours": lambda: fid.precision_recall(x, y),
                         "prdc": lambda: compute_prdc(x.numpy(), y.numpy(), 3)}, 1)

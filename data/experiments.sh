@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The commands behind data/RESULTS.md and the pictures, in parts: bash data/experiments.sh drawings knees colonoscopies read pictures
-# Each goes on where it was stopped. STEPS=20 EACH=2 N=8 tries a part in a minute or two. data/README.md says where the data come from:
-# data/knee, data/knee-test, data/hyperkvasir-uc. One core each: OMP_NUM_THREADS=1.
+# The commands behind data/RESULTS.md and the pictures, in parts, each of which goes on where it was stopped:
+#     bash data/experiments.sh drawings knees colonoscopies read pictures
+# STEPS=4 EACH=2 N=40 tries a part quickly. data/README.md says where the data come from: data/knee,
+# data/knee-test, data/hyperkvasir-uc. OMP_NUM_THREADS=1 keeps a part to one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 steps=${STEPS:-1600} each=${EACH:-40} n=${N:-2000}
@@ -71,7 +72,7 @@ knees() { # do FID, KID and a classifier see a gain? One row of the table each
     row images-uniform 0 --triplets images --balance uniform
     row long-dm 0 --ordinal 0 --lr 2e-3 --steps $((4 * steps))
     row long-odm 0 --lr 2e-3 --steps $((4 * steps))
-    python fid.py data/knee-test samples/knee-* --dims 768 --trained-on data/knee --plot data/bars.png --json knees.json
+    python fid.py data/knee-test samples/knee-* --dims 768 --plot bars.png --json knees.json
 }
 
 colonoscopies() {
@@ -107,7 +108,7 @@ read() { # how well are severities read, and how near are moved drawings to thei
 }
 
 pictures() {
-    fresh_drawings data/fresh-even "${EACH:-32}"
+    fresh_drawings data/fresh-even 32
     python odm.py sample --checkpoint data/demo.pt --class 0:3:0.25 --each 5 --out samples/series
     cp samples/series/series.gif data/series.gif
     python data/moved.py data/fresh-even --picture data/moved.png
