@@ -483,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("fid.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.usage = argparse.SUPPRESS  # the docstring shows it, and argparse's errors are one line without it
+    parser.usage = argparse.SUPPRESS  # the docstring shows it, and argparse's errors are short without it
     add = parser.add_argument
     add("real", metavar="REAL", help="folder of real images, as for odm.py train --data")
     add("generated", metavar="GENERATED", nargs="+", help="folders of images, or of class folders")

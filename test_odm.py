@@ -167,6 +167,18 @@ def test_where_the_ordinal_loss_is_zero():
     assert odm.ordinal_loss(p, q, r, "squared").item() == 0 and odm.ordinal_loss(p, q, r).item() > 1
 
 
+@pytest.mark.parametrize("distance, low, high", [("euclidean", 0.99, 1.0001), ("squared", 0.66, 0.76)])
+def test_what_the_loss_does_to_free_vectors(distance, low, high):
+    """Eq. 7 follows from the Euclidean norm alone; the norm as printed ends at right angles, near 0.71."""
+    points = noise(64, 3, 16).requires_grad_()
+    optimizer = torch.optim.Adam([points], lr=0.03)
+    for _ in range(400):
+        optimizer.zero_grad()
+        odm.ordinal_loss(*points.unbind(1), distance).sum().backward()
+        optimizer.step()
+    assert low < odm.straightness(points).mean().item() < high
+
+
 def test_gradient_where_estimates_coincide_is_zero_not_nan():
     points = torch.ones(2, 3, 4, requires_grad=True)
     odm.ordinal_loss(*points.unbind(1)).sum().backward()
@@ -584,7 +596,7 @@ def test_a_run_that_fails_keeps_its_last_checkpoint(graded, tmp_path, capsys, mo
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stop_signals_save_and_say_how_to_go_on(graded, tmp_path, number, status):
-    argv = train_flags(steps=100_000, data=graded, out="a b/\u00e9")
+    argv = train_flags(steps=100_000, save_every=100_000, data=graded, out="a b/\u00e9")
     process = command(HERE / "odm.py", *argv, cwd=tmp_path)
     while "steps" not in process.stdout.readline() and process.poll() is None:
         pass
@@ -685,7 +697,8 @@ def test_which_folder_is_the_class_and_in_what_order(tmp_path, capsys):
     def tree(name, counts, order="", refused=""):
         data = write_images(tmp_path / name, counts)
         if refused:
-            assert refused in error_of(capsys, odm.main, "train", "--data", data, "--order", order)
+            argv = train_flags(data=data, out=tmp_path / "run", order=order)
+            assert refused in error_of(capsys, odm.main, *argv)
         return data
 
     # A number in the name of a folder above is no grade.
@@ -713,7 +726,7 @@ def test_linked_folders_are_read_and_loops_do_no_harm(tmp_path, capsys):
     (data / "a second name").symlink_to(data / "1")
     assert classes_of(data) == (["0", "1", "5"], [2, 2, 3])
     (data / "1" / "dangling.png").symlink_to(tmp_path / "nothing")
-    assert "dangling.png" in error_of(capsys, odm.main, "train", "--data", data, "--out", tmp_path / "x")
+    assert "dangling.png" in error_of(capsys, odm.main, *train_flags(data=data, out=tmp_path / "run"))
 
 
 def test_crop_is_the_middle_128_of_a_frame_and_the_middle_square_of_others(tmp_path):
@@ -745,14 +758,15 @@ def test_grades_from_a_csv(tmp_path, capsys):
     (data / "second.csv").write_text("image,level,Usage\nunlisted.png,3,Public\n10_left\n")
     assert classes_of(data)[1] == [2, 1, 1, 2, 1]  # both tables count
     (data / "third.csv").write_text("image,level\n10_left,1\n")
-    assert "10_left a second grade" in error_of(capsys, odm.main, "train", "--data", data)
+    argv = train_flags(data=data, out=tmp_path / "run")
+    assert "10_left a second grade" in error_of(capsys, odm.main, *argv)
 
 
 def test_a_csv_of_other_columns_goes_before_folders(tmp_path, capsys):
     data = write_images(tmp_path, {"a": 2, "b": 1})
     (data / "t.csv").write_text("path,Mayo\na/a_0.png,1\na/a_1,2\nb_0,3\n")
     assert classes_of(data, columns="path,Mayo") == (["1", "2", "3"], [1, 1, 1])
-    argv = "train", "--data", data
+    argv = train_flags(data=data, out=tmp_path / "run")
     assert "--columns path,grade: no CSV" in error_of(capsys, odm.main, *argv, "--columns", "path,grade")
     (data / "t.csv").write_text("id_code,diagnosis\na_0,7\nb_0,9\n")  # APTOS'
     assert classes_of(data)[0] == ["7", "9"]
@@ -878,28 +892,26 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
     broken = write_images(tmp_path / "broken", {"0": 1, "1": 1, "2": 1})
     (broken / "1" / "1_0.png").write_bytes((broken / "1" / "1_0.png").read_bytes()[:60])
     lock = odm.lock_folder(tmp_path / "busy")
-    train, sample = ["train", "--data", graded], ["sample", "--checkpoint", run]
+    train, sample = train_flags(data=graded, out="x"), ["sample", "--checkpoint", run]
     move = [*sample, "--image", graded]
     for expected, argv in {
-        "no such folder": ["train", "--data", "absent"],
-        "images of 0 classes": ["train", "--data", broken / "1"],
-        "1_0.png: not readable": ["train", "--data", broken],
-        "--size 62": [*train, "--size", "62"],
-        "--ch: must be a multiple of 4 and of --groups": [*train, "--ch", "20"],
+        "no such folder": [*train, "--data", "absent"],
+        "images of 0 classes": [*train, "--data", broken / "1"],
+        "1_0.png: not readable": [*train, "--data", broken],
+        "--size 7": [*train, "--size", "7"],
+        "--ch: must be a multiple of 4 and of --groups": [*train, "--groups", "3"],
         "--triplets: invalid choice": [*train, "--triplets", "A\nB"],
-        "--triplet-part": train_flags(data=graded, triplet_part=0),
-        "another process is writing there": train_flags(data=graded, out="busy"),
-        "--ema (there 0.9999, now 0.5)": train_flags(data=graded, out=run, ema=0.5),
-        f"{run / 'checkpoint.pt'}: no whole checkpoint": train_flags(ch=16, data=graded, init=run, out="x"),
+        "--triplet-part": [*train, "--triplet-part", "0"],
+        "another process is writing there": [*train, "--out", "busy"],
+        "--ema (there 0.9999, now 0.5)": [*train, "--out", run, "--ema", "0.5"],
+        f"{run / 'checkpoint.pt'}: no whole checkpoint": [*train, "--ch", "16", "--init", run],
         "a severity from 0 to 3": [*sample, "--class", "4"],
         "none.pt: no whole checkpoint": ["sample", "--checkpoint", "none.pt"],
-        "only one of -n and --each": [*sample, "-n", "4", "--each", "2"],
         "--at 9": [*move, "--at", "9"],
         "not with -n": [*move, "-n", "3"],
         "goes with --at": [*sample, "--at", "1"],
         "absent.png": ["grade", "absent.png", "--checkpoint", run],
         "no images in it": ["grade", "empty", "--checkpoint", run],
-        "invalid choice: 'fly'": ["fly"],
     }.items():
         assert expected in error_of(capsys, odm.main, *argv), expected
     lock.close()
@@ -1217,11 +1229,25 @@ def test_load_weights_says_what_is_wrong(weights_64, tmp_path):
 
 
 def test_download(weights_64, tmp_path, monkeypatch):
-    content, served = weights_64.read_bytes(), tmp_path / "served.pth"
+    content = weights_64.read_bytes()
+    turned = bytearray(content)
+    turned[len(content) // 2] ^= 1  # within the numbers: it would load
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(fid, "WEIGHTS", f"weights-{hashlib.sha256(content).hexdigest()[:8]}.pth")
+    served, cached = tmp_path / fid.WEIGHTS, tmp_path / "checkpoints" / fid.WEIGHTS
     monkeypatch.setattr(fid, "WEIGHTS_URL", served.as_uri())
-    cached = tmp_path / "checkpoints" / "served.pth"
+    with pytest.raises(odm.UserError, match=f"no network in {cached}.*fetch file:.* by other means"):
+        fid.load_weights(64)  # nothing there
+    for sent in (content[:5000], turned):
+        served.write_bytes(sent)
+        with pytest.raises(odm.UserError, match="hash"):
+            fid.load_weights(64)
+        assert list(cached.parent.iterdir()) == []
+    served.write_bytes(content)
+    fid.load_weights(64)
+    assert list(cached.parent.iterdir()) == [cached]
+    served.unlink()
+    fid.load_weights(64)  # from the cache
 
 
 
@@ -1300,7 +1326,6 @@ def test_bad_input_of_fid_is_one_line_and_status_2(folders, weights_64, capsys, 
         "--neighbours shows images of --trained-on": "real dm --neighbours n.png",
         "--trained-on between: classes": "real dm --trained-on between",
         "GENERATED": "real",
-        "no network in real": "real dm --weights real",
     }.items():
         line = error_of(capsys, fid.main, "--dims", 64, "--weights", weights_64, *words.split())
         assert message in line, line
