@@ -15,7 +15,7 @@
 Where the paper's equations are:
 
     Eq. 1  the forward process, x_{t-1} -> x_t     alpha_bars, q_sample (t steps in one)
-    Eq. 2  one step of the backward process        ddim (eta = 1, every t, clip = False)
+    Eq. 2  one step of the backward process        ddim (eta = 1, every t, clip = False; see there)
     Eq. 3  L_DM, the loss of a diffusion model     dm_loss
     Eq. 4  the order of the noise estimates        holds where ordinal_loss = 0 and they differ
     Eq. 5  L_ordinal, the ordinal relationship     ordinal_loss
@@ -72,8 +72,8 @@ class Config:
     beta_T: float = setting(0.02, "noise schedule at t = T (paper)", 1e-8, 0.999)
     # losses
     ordinal: float = setting(1.0, "W, a factor on lambda_t; 1: Eq. 8, 0: the plain diffusion model", 0.0)
-    triplets: str = setting("labels", "labels: one x_t under three labels (Fig. 2); images: of three images, "
-                            "with one noise (Eqs. 4 to 7)", choices=("labels", "images"))
+    triplets: str = setting("labels", "labels: one x_t under three labels (Fig. 2); images: those of three "
+                            "images, with one noise (Eqs. 4 to 7)", choices=("labels", "images"))
     triplet_part: float = setting(0.25, "part of a batch completed to triplets (ours: for speed)", 0.0, 1.0)
     distance: str = setting("euclidean", "d of Eq. 6; squared: as printed, which contradicts Eq. 7",
                             choices=("euclidean", "squared"))
@@ -93,7 +93,7 @@ class Config:
     steps: int = setting(200_000, "training steps (paper)", 1, may_change=True)
     lr: float = setting(1e-4, "Adam's learning rate (paper)", 0.0)
     warmup: int = setting(5000, "steps of linear warm-up (Ho et al.)", 0)
-    decay: float = setting(0.0, "part of the run, at its end, in which lr falls to 0 (ours)", 0.0, 1.0)
+    decay: float = setting(0.0, "part of --steps, at its end, in which lr falls to 0 (ours)", 0.0, 1.0)
     ema: float = setting(0.9999, "decay of the averaged weights that sampling uses (Ho et al.)", 0.0, 1.0)
     seed: int = setting(0, "step i's images and noise depend on (seed, i, process) alone", 0, 2**63 - 1)
     # sampling, for the sheets drawn while training and as the default of `sample`
@@ -146,7 +146,8 @@ def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     x_0, eps: (B, ...); t: (B,) long in 0..T; alpha_bar: (T+1,), on the CPU as made. At t = 0 it is x_0.
     """
     shape = (-1, *[1] * (x_0.dim() - 1))
-    signal, noise = (part.sqrt().to(x_0)[t].view(shape) for part in (alpha_bar, 1 - alpha_bar))
+    signal = alpha_bar.sqrt().to(x_0)[t].view(shape)
+    noise = (1 - alpha_bar).sqrt().to(x_0)[t].view(shape)
     return signal * x_0 + noise * eps
 
 
@@ -176,9 +177,9 @@ def noise_distance(a: Tensor, b: Tensor, distance: str = "euclidean") -> Tensor:
 def ordinal_loss(p: Tensor, q: Tensor, r: Tensor, distance: str = "euclidean", share: Tensor | None = None):
     """L_ordinal of Eq. 5, of G triplets of noise estimates, of classes p < q < r: (G, ...) each -> (G,).
 
-    Zero where q lies on the line from p to r, in order (Eqs. 4 and 7), by the triangle inequality; that is
-    true of distance="euclidean". With "squared", Eq. 6 as printed, d(p,r) - d(p,q) - d(q,r) is
-    2 <p-q, q-r>, which is zero where the angle at q is a right angle instead.
+    With distance="euclidean" it is zero where q lies between p and r on a line (Eq. 7), by the triangle
+    inequality. With "squared", Eq. 6 as printed, d(p,r) - d(p,q) - d(q,r) is 2 <p-q, q-r>, which is zero
+    where the angle at q is a right angle instead.
 
     share (G,): where q should lie on that line, the part (q-p)/(r-p) of the way by the classes' severities
     (`--spacing`, the paper's first future work). It fixes alpha = 1 - share in Eq. 7.
@@ -208,12 +209,13 @@ def straightness(eps_hat: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """The R = B + 2G rows that a step shows to the network: B images, and two partners for each of G of them.
+    """One step's R = B + 2G rows of the network: B images, and two partners for each of the first G of them.
 
-    The partners complete an image to a triplet p < q < r. They are the same image under two other labels
-    (`--triplets labels`: one x_t seen as three classes, Fig. 2), or an image of each of these two classes
-    (`--triplets images`: x_{t,p}, x_{t,q}, x_{t,r} of Eq. 4). Either way they take the noise, t, flip and
-    dropout mask of the image that they accompany, their root, so that nothing else tells the three apart.
+    With B = 2 and G = 1, say image 7 of class 0 and image 9 of class 2: rows 0 and 1 are these two, and L_DM
+    reads them. Rows 2 and 3 are partners of row 0, of two other classes, say 1 and 3, and L_ordinal reads the
+    triplet (0, 2, 3). They are image 7 again, shown as 1 and 3 (`--triplets labels`: one x_t under three
+    labels, Fig. 2), or an image of each of these classes (`--triplets images`: x_{t,p}, x_{t,q}, x_{t,r} of
+    Eq. 4). Either way they take the noise, t, flip and dropout mask of row 0, their root.
     """
 
     image: Tensor  # (R,) numbers in the data set
@@ -222,7 +224,7 @@ class Batch:
     t: Tensor  # (B,) timesteps 1..T
     flip: Tensor  # (B,) mirrored or not
     triplets: Tensor  # (G, 3) rows in ascending severity; G = 0 for the plain diffusion model
-    whole: Tensor  # (G,) 1, or 0 where the root drew the null class, which has no place in the order
+    labelled: Tensor  # (G,) 1, or 0 where the root drew the null class, which has no place in the order
     share: Tensor  # (G,) (q-p)/(r-p) of the severities, for --spacing
 
     def to(self, device: torch.device) -> Batch:
@@ -246,26 +248,25 @@ def draw_batch(labels: Tensor, severities: Sequence[float], config: Config, B: i
     flip = (torch.rand(B, generator=rng) < 0.5) & config.flip
     null = torch.rand(B, generator=rng) < config.class_dropout  # a coin for each image
 
-    accompanied = torch.arange(G).repeat_interleave(2)
-    steps = 1 + torch.rand(G, C - 1, generator=rng).argsort(1)[:, :2]  # two different ones of 1..C-1, to go
-    other = (labels[image[accompanied]] + steps.flatten()) % C  # round the classes: never back to its own
-    partner = one_of(other) if G and config.triplets == "images" else image[accompanied]  # the two readings
+    root = torch.arange(G).repeat_interleave(2)  # of each partner
+    not_own = 1 - F.one_hot(labels[image[:G]], C)
+    other = not_own.float().multinomial(2, generator=rng).flatten()  # two of the other classes
+    partner = one_of(other) if config.triplets == "images" else image[root]  # the two readings
 
     label = torch.cat([labels[image], other])
     triplets = torch.cat([torch.arange(G)[:, None], torch.arange(B, B + 2 * G).view(G, 2)], dim=1)
     triplets = triplets.gather(1, label[triplets].argsort(1))  # p < q < r
     p, q, r = torch.tensor(severities)[label[triplets]].unbind(1)
     label[:B][null] = C
-    root = torch.cat([torch.arange(B), accompanied])
-    whole = 1 - null[:G].float()
-    return Batch(torch.cat([image, partner]), label, root, t, flip, triplets, whole, share=(q - p) / (r - p))
+    return Batch(torch.cat([image, partner]), label, torch.cat([torch.arange(B), root]), t, flip, triplets,
+                 labelled=1 - null[:G].float(), share=(q - p) / (r - p))
 
 
 # ---------------------------------------------------------------------- one training step (Eq. 8)
 
 
 def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_bar: Tensor, config: Config):
-    """Eq. 8, L_total = L_DM + W lambda_t L_ordinal with lambda_t = t / T.
+    """Eq. 8, L_total = L_DM + W lambda_t L_ordinal, with lambda_t = t / T and W = config.ordinal.
 
     x_0 (R, 3, H, W): the clean images of the rows; eps (B, 3, H, W): the noise of the roots. One forward
     pass serves both losses: L_DM reads the B images under their own labels, L_ordinal the G triplets.
@@ -280,8 +281,8 @@ def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_ba
     p, q, r = eps_hat[batch.triplets].unbind(1)
     lambda_t = t[batch.triplets[:, 0]] / config.timesteps
     share = batch.share if config.spacing else None
-    ordinal = (batch.whole * lambda_t * ordinal_loss(p, q, r, config.distance, share)).mean()
-    ordinal = ordinal / (1 - config.class_dropout)  # the part of triplets that is whole, on average
+    ordinal = (batch.labelled * lambda_t * ordinal_loss(p, q, r, config.distance, share)).mean()
+    ordinal = ordinal / (1 - config.class_dropout)  # those that are not labelled count as 0 in the mean
     return dm + config.ordinal * ordinal, dm, ordinal
 
 
@@ -293,11 +294,11 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def training_step(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Adam, images: Tensor, batch: Batch,
-                  alpha_bar: Tensor, config: Config, step: int, average: Callable | None = None) -> Tensor:
+                  alpha_bar: Tensor, config: Config, step: int, all_reduce: Callable | None = None) -> Tensor:
     """Step 0, 1, ... of Adam on Eq. 8, and of the averaged weights. images (N, 3, H, W) uint8: the data set.
 
-    average(tensors): in place, over the processes, where there are several. Returns (4,): L_total, L_DM,
-    lambda_t L_ordinal and the norm of the gradient.
+    all_reduce(tensors): their means over the processes, in place, where there are several. Returns (4,):
+    L_total, L_DM, lambda_t L_ordinal and the norm of the gradient.
     """
     x_0 = to_unit(images[batch.image]).to(memory_format=torch.channels_last)
     x_0 = torch.where(batch.flip[batch.root].view(-1, 1, 1, 1), x_0.flip(-1), x_0)
@@ -306,13 +307,13 @@ def training_step(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Adam,
     optimizer.zero_grad()
     losses[0].backward()
     losses = losses.detach()
-    if average:
-        average([losses, *(p.grad for p in model.parameters())])
+    if all_reduce:
+        all_reduce([losses, *(p.grad for p in model.parameters())])
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Ho et al.
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()
-    keep = min(config.ema, (step + 2) / (step + 11))  # rising, lest a short run keep the initial weights
+    keep = min(config.ema, (step + 2) / (step + 11))  # rising: a short run forgets its first weights
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
     return torch.cat([losses, grad_norm[None]])
@@ -324,17 +325,16 @@ def training_step(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Adam,
 def guided_eps(model: Callable, x_t: Tensor, t: Tensor, position: Tensor, scale: float) -> Tensor:
     """The noise estimate at a position, with classifier-free guidance by scale s: (B, 3, H, W).
 
-    position: (B,) float in 0..C-1; 1.5 is 0.5 eps_1 + 0.5 eps_2, on the line of Eq. 7. Keep it on the CPU:
-    it decides which classes are evaluated, in one pass with the null class (unless s = 1).
+    position: (B,) float in 0..C-1, on the CPU; 1.5 is 0.5 eps_1 + 0.5 eps_2, on the line of Eq. 7.
     eps = eps_null + s (eps_c - eps_null) = s eps_c + (1 - s) eps_null; s = 1 is the conditional model, s = 0
     the unconditional one (Ho & Salimans write w = s - 1). If the classes lie evenly on a line and eps_null at
-    their mean m, that is the estimate of m + s (c - m): s > 1 moves each class away from m, severe ones come
-    out too severe.
+    their mean m, that is the estimate of m + s (c - m): s > 1 moves each class away from m.
     """
-    share = position - position.floor()
+    fraction = position - position.floor()
+    lower = position.floor(), scale * (1 - fraction)
+    upper = position.ceil(), scale * fraction
     null = torch.full_like(position, model.num_classes), torch.full_like(position, 1 - scale)
-    terms = [(position.floor(), scale * (1 - share)), (position.ceil(), scale * share), null]
-    terms = [(label, weight) for label, weight in terms if weight.any()]  # only these are evaluated
+    terms = [(label, weight) for label, weight in (lower, upper, null) if weight.any()]  # the rest adds 0
     labels = torch.cat([label for label, _ in terms]).long().to(x_t.device)
     weights = torch.stack([weight for _, weight in terms]).to(x_t).view(len(terms), -1, 1, 1, 1)
     eps = model(x_t.repeat(len(terms), 1, 1, 1), t.repeat(len(terms)), labels).unflatten(0, (len(terms), -1))
@@ -346,17 +346,17 @@ def ddim(eps_fn: Callable, x: Tensor, alpha_bar: Tensor, times: Sequence[int], e
     """Take x from t = times[0] to t = times[-1] by DDIM (Song et al. 2021, Eq. 12): (B, ...) -> (B, ...).
 
     Falling times, T ... 0, draw: x_T becomes an image. Rising times, 0 ... T, with eta = 0 and clip = False
-    encode: an image becomes the x_T from which it is drawn again (their Section 4.3). eps_fn(x, t) estimates
-    the noise, t (B,) long; a step is asked at the noisier of its two ends, so never at t = 0.
+    encode: an image becomes the x_T from which it is drawn again (their Section 4.3). Each step undoes one of
+    drawing: both ask eps_fn(x, t), t (B,) long, at the noisier of their two ends, so never at t = 0.
     eta = 0 is deterministic. `clip` keeps the estimate of x_0 in [-1, 1]. noise(x) draws z, where eta > 0.
 
     eta = 1, all T steps, clip = False is Eq. 2 but for two things. Its denominator reads sqrt(1 - alpha_t), a
-    misprint of sqrt(1 - alpha_bar_t). And sigma_t^2, there beta_t, is the variance of the posterior,
+    misprint of sqrt(1 - alpha_bar_t). And sigma_t^2, there beta_t, is the posterior's variance here,
     beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t).
     """
     if times[0] < times[-1] and (eta or clip):
         raise ValueError("rising times encode: they take eta = 0 and clip = False")
-    for t, u in zip(times[:-1], times[1:]):  # from x_t to x_u
+    for t, u in zip(times[:-1], times[1:]):  # from x_t to x_u, u being the next time
         abar_t, abar_u = alpha_bar[t].item(), alpha_bar[u].item()
         eps = eps_fn(x, torch.full((len(x),), max(t, u), device=x.device))
         x_0 = (x - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
@@ -372,29 +372,29 @@ def ddim(eps_fn: Callable, x: Tensor, alpha_bar: Tensor, times: Sequence[int], e
 
 @torch.no_grad()
 def read_position(model: Callable, x_0: Tensor, alpha_bar: Tensor, seed: int = 0,
-                  shares: Sequence[float] = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)) -> Tensor:
+                  times: Sequence[float] = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)) -> Tensor:
     """The position on the line of Eq. 7 that explains an image best: x_0 (N, 3, H, W) -> (N,) in 0..C-1.
 
-    A diffusion classifier (Li et al. 2023) that knows fractions. Let r_c = eps - eps_theta(x_t, t, c) be the
-    error of class c, and G_cd the mean of r_c r_d over t, eps and entries. The estimate at position k + a,
+    A diffusion classifier (Li et al. 2023) that knows fractions. Let e_c = eps - eps_theta(x_t, t, c) be the
+    error of class c, and G_cd the mean of e_c e_d over t, eps and entries. The estimate at position k + a,
     (1-a) eps_k + a eps_{k+1}, errs by (1-a)^2 G_kk + 2a(1-a) G_k,k+1 + a^2 G_k+1,k+1, which is least at
     a = (G_kk - G_k,k+1) / (G_kk - 2 G_k,k+1 + G_k+1,k+1), kept in [0, 1]. The best of the segments k wins.
 
-    t: the shares of T. All images see one eps at each t, and its mirror -eps, so that errors that are odd in
-    eps cancel. Each t weighs one over its mean error, as it does in the likelihood of normal errors.
+    times: the t, as parts of T. All images see one eps at each, and its mirror -eps, so that errors that are
+    odd in eps cancel. What a t adds is divided by its mean error: else the small t, with large ones, decide.
     """
     C, N, gram = model.num_classes, len(x_0), 0.0
     rng = torch.Generator().manual_seed(seed)
     x_0, c = x_0.repeat(C, 1, 1, 1), torch.arange(C, device=x_0.device).repeat_interleave(N)
-    for share in shares:
-        t = torch.full_like(c, max(1, round(share * (len(alpha_bar) - 1))))
+    for part in times:
+        t = torch.full_like(c, max(1, round(part * (len(alpha_bar) - 1))))
         drawn = torch.randn(1, *x_0.shape[1:], generator=rng).to(x_0)
-        r = [eps - model(q_sample(x_0, t, eps, alpha_bar), t, c) for eps in (drawn, -drawn)]
-        r = torch.cat(r, dim=1).view(C, N, -1).transpose(0, 1).cpu().double()
-        product = r @ r.mT
-        gram = gram + product / product.diagonal(0, 1, 2).mean(1)[:, None, None]
-    error, cross = gram.diagonal(0, 1, 2), gram.diagonal(1, 1, 2)  # (N, C) and (N, C-1)
-    lower, upper = error[:, :-1], error[:, 1:]
+        errors = [eps - model(q_sample(x_0, t, eps, alpha_bar), t, c) for eps in (drawn, -drawn)]
+        e = torch.cat(errors, dim=1).view(C, N, -1).transpose(0, 1).cpu().double()  # (N, C, entries of both)
+        products = e @ e.mT
+        gram = gram + products / products.diagonal(0, 1, 2).mean(1)[:, None, None]
+    own, cross = gram.diagonal(0, 1, 2), gram.diagonal(1, 1, 2)  # (N, C): G_cc; (N, C-1): G_c,c+1
+    lower, upper = own[:, :-1], own[:, 1:]
     a = ((lower - cross) / (lower - 2 * cross + upper)).nan_to_num(0).clamp(0, 1)  # 0 where the two coincide
     k = ((1 - a) ** 2 * lower + 2 * a * (1 - a) * cross + a**2 * upper).argmin(1, keepdim=True)
     return (k + a.gather(1, k))[:, 0]
@@ -497,27 +497,27 @@ class UNet(nn.Module):
         self.label = nn.Embedding(num_classes + 1, c_emb)  # the last row is the null class
         self.conv_in = conv(3, ch)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c, skips = ch, [ch]
+        width, skips = ch, [ch]
         for level, mult in enumerate(config.ch_mult):
             for _ in range(config.blocks):
-                self.down.append(Block(c, mult * ch, side in config.attention, config))
-                c = mult * ch
-                skips.append(c)
+                self.down.append(Block(width, mult * ch, side in config.attention, config))
+                width = mult * ch
+                skips.append(width)
             if level < len(config.ch_mult) - 1:
-                halve = glorot(nn.Conv2d(c, c, 3, stride=2))
+                halve = glorot(nn.Conv2d(width, width, 3, stride=2))
                 self.down.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), halve))  # padded right and below
-                skips.append(c)
+                skips.append(width)
                 side //= 2
-        self.middle = nn.ModuleList([Block(c, c, True, config), Block(c, c, False, config)])
+        self.middle = nn.ModuleList([Block(width, width, True, config), Block(width, width, False, config)])
         for level, mult in reversed(list(enumerate(config.ch_mult))):
             for _ in range(config.blocks + 1):
-                self.up.append(Block(c + skips.pop(), mult * ch, side in config.attention, config))
-                c = mult * ch
+                self.up.append(Block(width + skips.pop(), mult * ch, side in config.attention, config))
+                width = mult * ch
             if level > 0:
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv(c, c)))  # nearest neighbour
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv(width, width)))  # nearest
                 side *= 2
-        self.norm_out = nn.GroupNorm(config.groups, c, eps=1e-6)
-        self.conv_out = conv(c, 3, gain=NEARLY_ZERO)
+        self.norm_out = nn.GroupNorm(config.groups, width, eps=1e-6)
+        self.conv_out = conv(width, 3, gain=NEARLY_ZERO)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor, root: Tensor | None = None) -> Tensor:
         """x_t (R, 3, H, W), t (R,) long in 1..T, c (R,) long in 0..C, C being the null class -> (R, 3, H, W).
@@ -643,13 +643,13 @@ def classes_from_csv(root: Path, paths: Sequence[Path], columns: str) -> dict[Pa
 
     An ID is a file's name or its path from root, with the suffix or without.
     """
-    pairs = [tuple(columns.split(","))] if columns else [("image", "level"), ("id_code", "diagnosis")]
+    pairs = [re.split(r"\s*,\s*", columns)] if columns else [("image", "level"), ("id_code", "diagnosis")]
     grade_of = {}
     for file in sorted(root.rglob("*.csv")):
         with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
             for row in csv.DictReader(stream):
-                for grade, id in ((row[pair[1]], row[pair[0]]) for pair in pairs if set(pair) <= row.keys()):
-                    if grade and grade_of.setdefault(id, grade) != grade:
+                for id, grade in ((row.get(id), row.get(grade)) for id, grade in pairs):
+                    if id and grade and grade_of.setdefault(id, grade) != grade:
                         raise UserError(f"{file}: gives {id} a second grade; remove one of the two")
     found = {}
     for path in paths:
@@ -810,13 +810,13 @@ def train(config: Config) -> Path:
 
     images, alpha_bar, net = images.to(device), alpha_bars(config), compiled(model, config, device)
     model.train()
-    stopping = False
+    stopping = 0
     with noted_signals() as signals:
         while True:
             at_end = step >= config.steps
             sheet_file = out / "sheets" / f"{step:06d}.png"
             sheet_due = at_end or (step and config.sheet_every and step % config.sheet_every == 0)
-            if RANK == 0 and sheet_due and not sheet_file.exists():
+            if RANK == 0 and sheet_due:  # here, after saving: a run that was killed while drawing draws again
                 sheet = draw_sheet(ema, classes, config, device)
                 save_picture(sheet, out / "sheet.png")
                 save_picture(sheet, sheet_file)
@@ -828,7 +828,7 @@ def train(config: Config) -> Path:
             losses = training_step(net, ema, optimizer, images, batch, alpha_bar, config, step, average)
             step += 1
             if WORLD == 1 or step % 10 == 0:  # several processes agree on it, which costs time
-                stopping = any(from_all(len(signals)))
+                stopping = max(from_all(signals[0] if signals else 0))
             if RANK == 0:
                 measuring = step % config.log_every == 0 or step == config.steps
                 log.pending.append((step, losses, measure_line(ema, images, alpha_bar) if measuring else ()))
@@ -842,7 +842,7 @@ def train(config: Config) -> Path:
         from_all(None)  # the others wait until the first has saved
     if step < config.steps:
         say(f"{out}: stopped and saved at step {step:,}; the same command goes on from there")
-        raise SystemExit(128 + signals[0])
+        raise SystemExit(128 + stopping)
     say(f"{out}: trained to step {step:,}, a higher --steps goes on; {out / 'sheet.png'} shows samples")
     return out
 
@@ -854,7 +854,8 @@ class Log:
         self.path, self.pending = path, []  # (step, (4,) of training_step, straightness and gap or nothing)
         self.rows = ["step,loss,dm,ordinal,grad_norm,straightness,gap"]
         if step and path.exists():  # without rows that an interrupted run wrote after its last checkpoint
-            self.rows = path.read_text().splitlines()[: step + 1]
+            numbered = [(row.partition(",")[0], row) for row in path.read_text().splitlines()]
+            self.rows += [row for number, row in numbered if number.isdigit() and int(number) <= step]
 
     def read(self) -> list[str]:
         """The rows; losses that are not finite end the run."""
@@ -978,18 +979,18 @@ class Network:
     sha256: str
 
 
-def load_network(checkpoint: str | Path, device: str, **changes) -> Network:
+def load_network(checkpoint: str | Path, device: str, batch: int = 0, **changes) -> Network:
     """The averaged network of a checkpoint or a run's folder [the newest in runs/, else data/demo.pt]."""
+    device = start(device)
     runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     path = checkpoint_file(checkpoint or [HERE / "data" / "demo.pt", *runs][-1])
     with checkpoint_at(path) as state:
         config, classes = replace(state["config"], **changes), state["classes"]
         check_config(config)
-        device = start(device)
         model = build(config, len(classes.names), device).eval()
         model.load_state_dict(state["ema"])
         say(f"{path}: step {state['step']:,}, classes {', '.join(classes.names)}")
-    batch = 16 if device.type == "cpu" else 128
+    batch = batch or (16 if device.type == "cpu" else 128)
     run = path.parent.name if path.name == "checkpoint.pt" else f"{path.parent.name}-{path.stem}"
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return Network(model, config, classes, device, batch, f"{run}-{state['step']}", sha256)
@@ -1015,29 +1016,33 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         raise UserError("-n, --each, --batch: 0 or more, and only one of -n and --each")
     if image:
         changes.update(guidance=1.0, eta=0.0)
-    network = load_network(checkpoint, device, **changes)
+    network = load_network(checkpoint, device, batch, **changes)
     config, classes, device = network.config, network.classes, network.device
     wanted, series = parse_severities(severity, classes), ":" in severity
     out = Path(out or f"samples/{network.name}" + ("-moved" if image else "-series" * series))
+    settings = dict(checkpoint=network.sha256, seed=seed, series=series, eta=config.eta,
+                    guidance=config.guidance, sample_steps=config.sample_steps)
     if image:
         files, _, images = given_images([image], network)
+        settings.update(at=at, images=hashlib.sha256(images.numpy().tobytes()).hexdigest())
         if at:
             own = torch.tensor([*parse_severities(at, classes, "--at").values()][:1] * len(files))
         else:
             own = read_positions(images, network, seed).float()
         folder, counts = Path(image).resolve(), [len(files)] * len(wanted)
         titles = [Path("-".join(file.relative_to(folder).parts) or file.name).stem for file in files]
+        if len(set(titles)) < len(titles):
+            raise UserError(f"--image {image}: two images differ in nothing but their suffix; rename one")
     else:
         counts = [each or (16 if len(wanted) == 1 else 8)] * len(wanted)
         if n:
-            whole = all(position.is_integer() for position in wanted.values())
+            whole = not series and all(position.is_integer() for position in wanted.values())
             parts = [classes.counts[int(position)] if whole else 1 for position in wanted.values()]
             counts = np.diff(np.round(n * np.cumsum([0, *parts]) / sum(parts))).astype(int)
         titles = [f"{i:05d}" for i in range(max(counts))]
-        if RANK == 0:
-            lock = lock_folder(out)  # held as long as this variable
-            note_settings(out, dict(checkpoint=network.sha256, seed=seed, series=series, eta=config.eta,
-                                    guidance=config.guidance, sample_steps=config.sample_steps))
+    if RANK == 0:
+        lock = lock_folder(out)  # held as long as this variable
+        note_settings(out, settings)
     from_all(None)  # the others wait for the first
 
     jobs = [(out / name / f"{titles[i]}.png", position, i)
@@ -1045,12 +1050,12 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     net = network.model
     if config.compile == "on" or len(jobs) >= 1000:  # compiling takes longer than a few images do
         net = compiled(net, config, device)
-    batch, progress = min(batch or network.batch, len(jobs)), Progress(len(jobs), "images")
+    batch, progress = min(network.batch, len(jobs)), Progress(len(jobs), "images")
     for first in range(RANK * batch, len(jobs), WORLD * batch):
         # Batches are laid out over all jobs and always whole, so that an image shares its batch with the same
         # others whatever is there already: not even its rounding changes.
         some = jobs[first : first + batch]
-        if image or not all(file.exists() for file, _, _ in some):
+        if not all(file.exists() for file, _, _ in some):
             files, positions, index = zip(*(some + some[-1:] * batch)[:batch])
             keys = [(seed, i) if series else (seed, i, round(p, 6)) for i, p in zip(index, positions)]
             given = (images[list(index)], own[list(index)]) if image else None
@@ -1126,14 +1131,14 @@ def quadratic_kappa(confusion: Tensor) -> float | None:
 
 
 def grade(images: Sequence[str | Path], checkpoint: str | Path = "", out: str | Path = "", seed: int = 0,
-          device: str = "auto") -> None:
+          batch: int = 0, device: str = "auto") -> None:
     """Read the severity of image files and folders: a CSV of file, severity, grade (nearest class), given.
 
     It goes to `out`, or else to standard output; what else there is to say, to standard error: where all
     images lie under a class (see given_images), a comparison: kappa, mean error, each class's readings.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        network = load_network(checkpoint, device)
+        network = load_network(checkpoint, device, batch)
         files, given, pixels = given_images(images, network)
         positions = read_positions(pixels, network, seed)
     names, scale = network.classes.names, torch.tensor(network.classes.severities)
@@ -1158,7 +1163,7 @@ def grade(images: Sequence[str | Path], checkpoint: str | Path = "", out: str | 
         kappa, error = quadratic_kappa(confusion), (severities - scale[own]).abs().mean()
         kappa = "of one class: none" if kappa is None else f"{kappa:.3f}"
         say(f"{len(files):,} images, quadratic kappa {kappa}, mean error {error:.3f}")
-        for c, name in enumerate(names):
+        for c, name in ((c, name) for c, name in enumerate(names) if name in given):
             read = ", ".join(f"{n} as {other}" for n, other in zip(confusion[c].tolist(), names))
             say(f"given {name}: read {read}; mean severity read {severities[own == c].mean():.2f}")
 
@@ -1170,6 +1175,9 @@ def start(name: str) -> torch.device:
     """The device; under torchrun, this process's own, and it joins the others."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if name == "cuda" and here > torch.cuda.device_count():
+        raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs for {here} processes; start fewer")
     try:
         device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
@@ -1193,7 +1201,7 @@ def build(config: Config, num_classes: int, device: torch.device) -> UNet:
 
 
 def compiled(model: UNet, config: Config, device: torch.device) -> nn.Module:
-    """The network under torch.compile, where asked for and working. Its weights stay those of `model`."""
+    """The network under torch.compile, where asked for and possible. Its weights stay those of `model`."""
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         try:
             torch.compile(torch.sin)(torch.zeros(8, device=device))  # is there a compiler at all?
@@ -1223,12 +1231,20 @@ def from_all(value) -> list:
 @contextlib.contextmanager
 def noted_signals():
     """A list of the Ctrl-C and SIGTERM (clusters send it) that came, so that a loop can save first."""
-    noted, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, frame: noted.append(number)) for number in numbers]
+    noted, last = [], time.monotonic()
+
+    def note(number, frame):
+        nonlocal last
+        if noted and time.monotonic() > last + 2:  # launchers send one stop twice; a later one ends at once
+            raise KeyboardInterrupt
+        noted.append(number)
+        last = time.monotonic()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -1281,6 +1297,7 @@ def check_config(config: Config) -> None:
         (alpha_bars(config)[-1] < 1e-30, f"--beta-T {config.beta_T}: leaves nothing of the image; lower it"),
         (config.sample_steps > config.timesteps, "--sample-steps: must be at most --timesteps"),
         (config.spacing and config.distance == "squared", "--spacing: its shares are of Euclidean distances"),
+        (config.columns and config.columns.count(",") != 1, "--columns: name two, as ID,GRADE"),
     ):
         if wrong:
             raise UserError(message)
@@ -1391,7 +1408,7 @@ ABOUT = dict(  # arguments of sample and grade
     each="images of each severity [16 of one, else 8]",
     out="of sample: folder for the images [samples/RUN-STEP]; of grade: file for the CSV [standard output]",
     seed="of all noise: image i of a class depends on (seed, class, i) alone [0]",
-    batch="images at once [16 on a CPU, else 128]",
+    batch="images at once [16 on a CPU, else 128]; lower it where memory runs out",
     device="cpu, cuda, ... [the GPU if there is one]",
     image="an image or a folder of them to move to --class [none: images are drawn from noise]",
     at="the severity that the images have [read from them]",

@@ -235,7 +235,7 @@ def test_a_triplet_is_three_classes_in_order_with_one_noise(triplets):
         for g, rows in enumerate(batch.triplets):
             assert batch.root[rows].tolist() == [g] * 3 and g in rows  # so noise, t, flip and mask are one
             shown, own = batch.label[rows].tolist(), LABELS[batch.image[g]].item()
-            assert batch.whole[g].item() == (4 not in shown)
+            assert batch.labelled[g].item() == (4 not in shown)
             classes = [own if c == 4 else c for c in shown]
             assert classes == sorted(set(classes))
             if triplets == "images":  # each under its own class
@@ -366,7 +366,7 @@ def test_read_position_is_the_best_of_a_grid():
             estimates = [odm.guided_eps(model, x_t, t, position.expand(5), 1.0) for position in grid]
             errors = errors + torch.stack([odm.dm_loss(sign * eps, estimate) for estimate in estimates], 1)
         loss += errors / errors[:, ::100].mean(1, keepdim=True)  # each t weighs one over its mean error
-    found = odm.read_position(model, x_0, ALPHA_BAR, shares=(0.1, 0.6))
+    found = odm.read_position(model, x_0, ALPHA_BAR, times=(0.1, 0.6))
     assert max_error(found, grid[loss.argmin(1)]) < 0.006 and found.unique().numel() > 3
 
 
