@@ -372,7 +372,7 @@ def ddim(eps_fn: Callable, x: Tensor, alpha_bar: Tensor, times: Sequence[int], e
 
 @torch.no_grad()
 def read_position(model: Callable, x_0: Tensor, alpha_bar: Tensor, seed: int = 0,
-                  times: Sequence[float] = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)) -> Tensor:
+                  times: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)) -> Tensor:
     """The position on the line of Eq. 7 that explains an image best: x_0 (N, 3, H, W) -> (N,) in 0..C-1.
 
     A diffusion classifier (Li et al. 2023) that knows fractions. Let e_c = eps - eps_theta(x_t, t, c) be the
@@ -381,7 +381,8 @@ def read_position(model: Callable, x_0: Tensor, alpha_bar: Tensor, seed: int = 0
     a = (G_kk - G_k,k+1) / (G_kk - 2 G_k,k+1 + G_k+1,k+1), kept in [0, 1]. The best of the segments k wins.
 
     times: the t, as parts of T. All images see one eps at each, and its mirror -eps, so that errors that are
-    odd in eps cancel. What a t adds is divided by its mean error: else the small t, with large ones, decide.
+    odd in eps cancel. What a t adds is divided by the root of its mean error: undivided, the small t, with
+    their large errors, decide; divided by the error itself, as in a likelihood of normal errors, the large t.
     """
     C, N, gram = model.num_classes, len(x_0), 0.0
     rng = torch.Generator().manual_seed(seed)
@@ -392,7 +393,7 @@ def read_position(model: Callable, x_0: Tensor, alpha_bar: Tensor, seed: int = 0
         errors = [eps - model(q_sample(x_0, t, eps, alpha_bar), t, c) for eps in (drawn, -drawn)]
         e = torch.cat(errors, dim=1).view(C, N, -1).transpose(0, 1).cpu().double()  # (N, C, entries of both)
         products = e @ e.mT
-        gram = gram + products / products.diagonal(0, 1, 2).mean(1)[:, None, None]
+        gram = gram + products / products.diagonal(0, 1, 2).mean(1).sqrt()[:, None, None]
     own, cross = gram.diagonal(0, 1, 2), gram.diagonal(1, 1, 2)  # (N, C): G_cc; (N, C-1): G_c,c+1
     lower, upper = own[:, :-1], own[:, 1:]
     a = ((lower - cross) / (lower - 2 * cross + upper)).nan_to_num(0).clamp(0, 1)  # 0 where the two coincide
