@@ -406,7 +406,7 @@ def test_grade_reads_the_severity_of_fresh_drawings(fresh, tmp_path, capsys):
     read = [float(row["severity"]) for row in rows]
     assert np.corrcoef(read, truth)[0, 1] > 0.95 and np.abs(np.subtract(read, truth)).mean() < 0.2
     assert [row["given"] for row in rows] == [f"Mayo {g}" for g in range(4)] * 4
-    assert [row["grade"] for row in rows] == [f"Mayo {int(s + 0.5)}" for s in read]
+    assert all(abs(int(row["grade"][5:]) - s) <= 0.501 for row, s in zip(rows, read))  # the nearest
     assert said.out == "" and "16 images, quadratic kappa" in said.err and "mean severity read" in said.err
     one, loose = root / "patient 2" / "Mayo 3" / "a.png", tmp_path / "x.png"
     loose.write_bytes(one.read_bytes())
