@@ -11,6 +11,8 @@
     python odm.py train --data data/limuc     # the paper's settings on LIMUC
     python odm.py sample --class 3            # images of severity 3, from the newest run
     python odm.py sample --class 0:3:0.25     # the same noise at rising severity
+    python odm.py sample --image my_images    # given images, at every severity
+    python odm.py grade my_images             # the severity of given images
 
 Where the paper's equations are:
 
@@ -1443,18 +1445,20 @@ def parser() -> Parser:
     training = commands.add_parser("train", help="train on a folder of graded images, or resume", **options)
     sampling = commands.add_parser("sample", help="draw images, or move given ones", **options)
     grading = commands.add_parser("grade", help="read the severity of images", **options)
-    training.add_argument("--preset", choices=("paper", "small"), help="paper: the defaults below; small: "
-                          f"for two cores and some minutes, {SMALL} [paper with --data, else small]")
+    small = ", ".join(f"{name} {value}" for name, value in SMALL.items())
+    text = f"paper: the defaults below; small, for two cores and minutes: {small} [paper with --data, else small]"
+    training.add_argument("--preset", choices=("paper", "small"), help=text)
     grading.add_argument("images", nargs="+", help="image files, and folders of them")
     for command, function in ((sampling, sample), (grading, grade)):
         for name, parameter in inspect.signature(function).parameters.items():
             if name in ABOUT:
                 add_flag(command, name, parameter.default, ABOUT[name])
     for f in fields(Config):
-        text, choices = f"{f.metadata['help']} [{f.default}]", f.metadata["choices"]
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        text, choices = f"{f.metadata['help']} [{default}]", f.metadata["choices"]
         add_flag(training, f.name, f.default, text, choices)
         if f.name in ("sample_steps", "guidance", "eta", "precision", "compile"):
-            add_flag(sampling, f.name, f.default, f"{f.metadata['help']} [as the run]", choices)
+            add_flag(sampling, f.name, f.default, f"{f.metadata['help']} [the run's]", choices)
     return top
 
 
