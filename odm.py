@@ -1446,7 +1446,7 @@ def parser() -> Parser:
     sampling = commands.add_parser("sample", help="draw images, or move given ones", **options)
     grading = commands.add_parser("grade", help="read the severity of images", **options)
     small = ", ".join(f"{name} {value}" for name, value in SMALL.items())
-    text = f"paper: the defaults below; small, for two cores and minutes: {small} [paper with --data, else small]"
+    text = f"paper: the defaults below; small, for two cores: {small} [paper with --data, else small]"
     training.add_argument("--preset", choices=("paper", "small"), help=text)
     grading.add_argument("images", nargs="+", help="image files, and folders of them")
     for command, function in ((sampling, sample), (grading, grade)):
