@@ -17,6 +17,10 @@ draw() { # NAME GUIDANCE: samples/NAME-GUIDANCE
     python odm.py sample --checkpoint "runs/$1" --each "$each" --guidance "$2" --out "samples/$1-$2"
 }
 
+score() { # fid.py; WEIGHTS=FILE names the network where it cannot be downloaded
+    python fid.py "$@" ${WEIGHTS:+--weights "$WEIGHTS"}
+}
+
 measured() { # FOLDER...: mean and spread of the severity that the drawings in each class folder show
     python - "$@" <<'END'
 import sys
@@ -47,7 +51,7 @@ drawings() { # do the severities drawn come closer to those asked for?
         for guidance in 1 2; do draw "$(basename "$run")" $guidance; done
     done
     measured data/fresh samples/demo-*-[0-3]-[12]
-    python fid.py data/fresh samples/demo-dm-0-1 samples/demo-odm-0-1 --dims 768
+    score data/fresh samples/demo-dm-0-1 samples/demo-odm-0-1 --dims 768
 }
 
 knees() { # do FID, KID and a classifier see a gain? One row of the table each
@@ -72,7 +76,7 @@ knees() { # do FID, KID and a classifier see a gain? One row of the table each
     row images-uniform 0 --triplets images --balance uniform
     row long-dm 0 --ordinal 0 --lr 2e-3 --steps $((4 * steps))
     row long-odm 0 --lr 2e-3 --steps $((4 * steps))
-    python fid.py data/knee-test samples/knee-* --dims 768 --plot bars.png --json knees.json
+    score data/knee-test samples/knee-* --dims 768 --plot bars.png --json knees.json
 }
 
 colonoscopies() {
@@ -81,7 +85,7 @@ colonoscopies() {
     for name in hk-dm hk-odm; do
         for guidance in 1 2; do draw $name $guidance; done
     done
-    python fid.py data/hyperkvasir-uc samples/hk-* --crop 160 --dims 768
+    score data/hyperkvasir-uc samples/hk-* --crop 160 --dims 768
 }
 
 fresh_drawings() { # FOLDER NUMBER: as many of each grade, of scenes that no network has seen
