@@ -177,6 +177,7 @@ def make(out, n: int = 1100, seed: int = 0, size: int = 64) -> list[int]:
         raise FileExistsError(f"{out} holds something else than these {n} frames (seed {seed}, {size} pixels): "
                               "delete it or choose another --out")
     part = out.with_name(f"{out.name}.partial-{os.getpid()}")  # two programs at once do not meet
+    shutil.rmtree(part, ignore_errors=True)  # of a killed program with this number
     try:
         for name, at in names.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
