@@ -75,7 +75,7 @@ def picture(folder: Path, file: Path, rows: int = 4) -> None:
     read = odm.read_positions(given, network, seed=0)
     columns = {"given": []}
     for path, image, position in zip(files, given, read):
-        out = odm.sample(HERE / "demo.pt", "0:3:1", image=path, out="samples/moved-picture")
+        out = odm.sample(HERE / "demo.pt", "0:3:1", image=path, out=f"samples/moved-picture/{path.parent.name}")
         label = Image.new("RGB", (128, 128), "white")
         font = ImageFont.load_default(18)
         ImageDraw.Draw(label).text((64, 64), f"read: {position:.2f}", "black", font, anchor="mm")
@@ -93,7 +93,8 @@ def enlarged(image: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder", type=Path)
     parser.add_argument("grades", type=Path, nargs="?")
     parser.add_argument("--picture", type=Path)
