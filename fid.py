@@ -15,7 +15,7 @@
     likeness              how near to the images that the generator was trained on
     Inception, features   the network all of them look through (the FID Inception of 2015-12-05)
 
-Real images are read as for training (odm.load_images). The generated side is a folder of images, or of class
+Real images are read as for training (odm.find_images). The generated side is a folder of images, or of class
 folders named like the real classes, from any generator. Both sides should have one resolution: by default the
 real images are brought to the size of the generated ones.
 """
@@ -378,22 +378,23 @@ def score(real: Tensor, fake: Tensor, k: int) -> dict:
 
 def evaluate(args: argparse.Namespace) -> dict:
     """All that the report says, as plain numbers and names; draws args.neighbours."""
-    _, _, classes, _ = odm.find_images(args.real, args.order, args.columns)
+    real_paths, real_labels, classes, _ = odm.find_images(args.real, args.order, args.columns)
     listings = {root: list_generated(root, classes) for root in args.generated}
     sizes = {length for paths, _ in listings.values() for length in odm.read_image(paths[0]).size}
     if not args.size and len(sizes) > 1:
         raise odm.UserError(f"generated images have sides of {sizes} pixels: give the real ones' --size")
-    reading = (args.size or sizes.pop(), args.crop, args.order, args.columns)
+    reading = dict(size=args.size or sizes.pop(), crop=args.crop)
     network = load_weights(args.dims, args.weights)
-    images, real_labels, _ = odm.load_images(args.real, *reading)
-    real = features(images, network, args.batch, "real")
-    settings = vars(args) | {"size": reading[0], "classes": classes}
+    real = features(odm.read_squares(real_paths, **reading), network, args.batch, "real")
+    real_labels = torch.tensor(real_labels)
+    settings = vars(args) | {"size": reading["size"], "classes": classes}
     result = {"settings": settings, "rows": [], "classifier": [], "neighbours": []}
     fits, found = {}, []
     if args.trained_on:
-        seen, seen_labels, names = odm.load_images(args.trained_on, *reading)
+        seen_paths, seen_labels, names, _ = odm.find_images(args.trained_on, args.order, args.columns)
         if names != classes:
             raise odm.UserError(f"--trained-on {args.trained_on}: classes {names}, but REAL has {classes}")
+        seen, seen_labels = odm.read_squares(seen_paths, **reading), torch.tensor(seen_labels)
         known = features(seen, network, args.batch, "trained on")
         fits[args.trained_on] = known, seen_labels
     for root, (paths, labels) in listings.items():
@@ -418,15 +419,14 @@ def evaluate(args: argparse.Namespace) -> dict:
         scores = classifier_score(*fit, real, real_labels, len(classes))
         result["classifier"].append({"fitted_on": name, **scores})
     if args.neighbours:
-        paths, *_ = odm.find_images(args.trained_on, args.order, args.columns)
         likeliest = sorted(found)[:8]
-        columns = [("generated", [odm.read_square(path, reading[0]) for _, path, _ in likeliest])]
+        columns = [("generated", [odm.read_square(path, reading["size"]) for _, path, _ in likeliest])]
         for n in range(len(likeliest[0][2])):
             columns.append((f"nearest {n + 1}", [seen[places[n]] for _, _, places in likeliest]))
         picture = odm.sheet_of(columns)
         odm.write_file(Path(args.neighbours), lambda file: picture.save(file, format="PNG"))
         for ratio, path, places in likeliest:
-            row = {"ratio": ratio, "generated": str(path), "nearest": str(paths[places[0]])}
+            row = {"ratio": ratio, "generated": str(path), "nearest": str(seen_paths[places[0]])}
             result["neighbours"].append(row)
     return result
 

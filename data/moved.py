@@ -75,7 +75,8 @@ def picture(folder: Path, file: Path, rows: int = 4) -> None:
     read = odm.read_positions(given, network, seed=0)
     columns = {"given": []}
     for path, image, position in zip(files, given, read):
-        out = odm.sample(HERE / "demo.pt", "0:3:1", image=path, out=f"samples/moved-picture/{path.parent.name}")
+        out = Path("samples", "moved-picture", path.parent.name)
+        odm.sample(HERE / "demo.pt", "0:3:1", image=path, out=out)
         label = Image.new("RGB", (128, 128), "white")
         font = ImageFont.load_default(18)
         ImageDraw.Draw(label).text((64, 64), f"read: {position:.2f}", "black", font, anchor="mm")
