@@ -327,7 +327,8 @@ def training_step(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Adam,
 def guided_eps(model: Callable, x_t: Tensor, t: Tensor, position: Tensor, scale: float) -> Tensor:
     """The noise estimate at a position, with classifier-free guidance by scale s: (B, 3, H, W).
 
-    position: (B,) float in 0..C-1, on the CPU; 1.5 is 0.5 eps_1 + 0.5 eps_2, on the line of Eq. 7.
+    position: (B,) float in 0..C-1; 1.5 is 0.5 eps_1 + 0.5 eps_2, on the line of Eq. 7. Keep it on the CPU: it
+    decides which classes are evaluated, and asking a GPU would make each step wait.
     eps = eps_null + s (eps_c - eps_null) = s eps_c + (1 - s) eps_null; s = 1 is the conditional model, s = 0
     the unconditional one (Ho & Salimans write w = s - 1). If the classes lie evenly on a line and eps_null at
     their mean m, that is the estimate of m + s (c - m): s > 1 moves each class away from m.
@@ -720,7 +721,7 @@ def find_images(root: str | Path, order: str = "", columns: str = ""):
     first = {}  # of those with the same class, file name and bytes
     for path, name in class_of.items():
         content = path.read_bytes() if namesakes[name, path.name] > 1 else b""
-        first.setdefault((name, path.name, hashlib.sha256(content).digest()), path)
+        first.setdefault((name, path.name, sha256(content)), path)
     twins, others = len(class_of) - len(first), len(paths) - len(class_of)
     remark = f"; passed over: {twins:,} twins (same class, name and content), {others:,} without a class"
     return list(first.values()), [names.index(name) for name, *_ in first], names, remark
@@ -971,7 +972,7 @@ def parse_severities(text: str, classes: Classes, flag: str = "--class") -> dict
 
 @dataclass
 class Network:
-    """A trained network ready to draw and read. batch: images at once; name: RUN-STEP; sha256: its file's."""
+    """A trained network ready to draw and read. batch: images at once; name: RUN-STEP; file: checkpoint."""
 
     model: UNet
     config: Config
@@ -979,7 +980,7 @@ class Network:
     device: torch.device
     batch: int
     name: str
-    sha256: str
+    file: Path
 
 
 def load_network(checkpoint: str | Path, device: str, batch: int = 0, **changes) -> Network:
@@ -995,8 +996,7 @@ def load_network(checkpoint: str | Path, device: str, batch: int = 0, **changes)
         say(f"{path}: step {state['step']:,}, classes {', '.join(classes.names)}")
     batch = batch or (16 if device.type == "cpu" else 128)
     run = path.parent.name if path.name == "checkpoint.pt" else f"{path.parent.name}-{path.stem}"
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Network(model, config, classes, device, batch, f"{run}-{state['step']}", sha256)
+    return Network(model, config, classes, device, batch, f"{run}-{state['step']}", path)
 
 
 def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0,
@@ -1023,11 +1023,16 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     config, classes, device = network.config, network.classes, network.device
     wanted, series = parse_severities(severity, classes), ":" in severity
     out = Path(out or f"samples/{network.name}" + ("-moved" if image else "-series" * series))
-    settings = dict(checkpoint=network.sha256, seed=seed, series=series, eta=config.eta,
+    settings = dict(checkpoint=sha256(network.file.read_bytes()), seed=seed, series=series, eta=config.eta,
                     guidance=config.guidance, sample_steps=config.sample_steps)
     if image:
         files, _, images = given_images([image], network)
-        settings.update(at=at, images=hashlib.sha256(images.numpy().tobytes()).hexdigest())
+        settings.update(at=at, images=sha256(images.numpy().tobytes()))
+    if RANK == 0:
+        lock = lock_folder(out)  # held as long as this variable
+        note_settings(out, settings)
+    from_all(None)  # the others wait for the first
+    if image:
         if at:
             own = torch.tensor([*parse_severities(at, classes, "--at").values()][:1] * len(files))
         else:
@@ -1043,10 +1048,6 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
             parts = [classes.counts[int(position)] if whole else 1 for position in wanted.values()]
             counts = np.diff(np.round(n * np.cumsum([0, *parts]) / sum(parts))).astype(int)
         titles = [f"{i:05d}" for i in range(max(counts))]
-    if RANK == 0:
-        lock = lock_folder(out)  # held as long as this variable
-        note_settings(out, settings)
-    from_all(None)  # the others wait for the first
 
     jobs = [(out / name / f"{titles[i]}.png", position, i)
             for (name, position), count in zip(wanted.items(), counts) for i in range(count)]
@@ -1082,8 +1083,12 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
             (name, pictures), side = columns[0], math.ceil(math.sqrt(len(columns[0][1])))
             columns = [(name if x == 0 else "", pictures[x::side]) for x in range(side)]
         save_picture(sheet_of(columns), out / "sheet.png")
-    say(f"{len(jobs):,} images are in {out}; {out / 'sheet.png'} shows the first")
+    say(f"{len(jobs):,} images are in {out}; {out / 'sheet.png'} shows some")
     return out
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def note_settings(out: Path, settings: dict) -> None:
