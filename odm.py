@@ -884,12 +884,13 @@ class Log:
 
 @torch.no_grad()
 def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple], config: Config,
-                device: torch.device | str = "cpu", given: tuple[Tensor, Tensor] | None = None) -> Tensor:
+                device: torch.device | str = "cpu", given: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """Images at positions in 0..C-1: (B, 3, size, size) uint8 on the CPU.
 
     All noise of row i comes from keys[i] alone, so it is the same image in any batch.
-    given: (images uint8, own positions) to move. Each is encoded at its own position, which leaves in x_T
-    what the class does not explain, and drawn from there; nothing is clipped, as encoding clipped nothing.
+    given: images to move (uint8), their own positions, and which of them each row moves (B,). Each is encoded
+    at its own position, which leaves in x_T what the class does not explain, and drawn from there; nothing is
+    clipped, as encoding clipped nothing.
     """
     rngs = [torch.Generator().manual_seed(seed_of("sample", *key)) for key in keys]
     alpha_bar = alpha_bars(config)
@@ -903,8 +904,8 @@ def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple
         return torch.stack(drawn).to(device)
 
     if given:
-        images, own = given
-        x_T = ddim(eps_at(own), to_unit(images).to(device), alpha_bar, times[::-1], clip=False)
+        images, own, which = given
+        x_T = ddim(eps_at(own), to_unit(images).to(device), alpha_bar, times[::-1], clip=False)[which]
     else:
         x_T = noise()
     eps_fn = eps_at(torch.tensor(position))
@@ -1051,6 +1052,8 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
 
     jobs = [(out / name / f"{titles[i]}.png", position, i)
             for (name, position), count in zip(wanted.items(), counts) for i in range(count)]
+    if image:  # all severities of an image together: it is encoded once
+        jobs.sort(key=lambda job: job[-1])
     net = network.model
     if config.compile == "on" or len(jobs) >= 1000:  # compiling takes longer than a few images do
         net = compiled(net, config, device)
@@ -1062,7 +1065,8 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         if not all(file.exists() for file, _, _ in some):
             files, positions, index = zip(*(some + some[-1:] * batch)[:batch])
             keys = [(seed, i) if series else (seed, i, round(p, 6)) for i, p in zip(index, positions)]
-            given = (images[list(index)], own[list(index)]) if image else None
+            distinct, which = torch.tensor(index).unique(return_inverse=True)
+            given = (images[distinct], own[distinct], which) if image else None
             pictures = map(to_picture, draw_images(net, positions, keys, config, device, given))
             with ThreadPoolExecutor() as pool:
                 list(pool.map(save_picture, pictures, files[: len(some)]))

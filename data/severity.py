@@ -1,0 +1,176 @@
+"""What does a network do with severities? Measured on drawings, whose severity is known (data/demo.py).
+
+    python data/severity.py runs/demo-odm-*                          # a row for each, then mean and spread
+    python data/severity.py data/demo.pt --picture data/moved.png    # given, read, moved to 0 ... 3, the truth
+
+    drawn   mean severity of the images drawn at grade 0, 1, 2, 3
+    off     severity asked for in quarter steps, 0 ... 3, one noise a row: mean distance of the severity drawn
+    bend    the same thirteen mean severities: root mean square distance from their own straight line
+    read    mean error of the severities read from fresh drawings
+    within  correlation of severity read and true severity inside a grade, mean over the grades
+    kappa   of the grades nearest to the severities read
+    moved   root mean square error, in [-1, 1], of fresh drawings moved to 0, 1, 2, 3: a drawing's scene can
+            be drawn at any severity, which is the truth
+
+What is drawn goes to samples/RUN-..., and what is there already is kept.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE), str(HERE.parent)]
+import demo
+import odm
+
+SEED = 55  # of the fresh scenes
+
+
+def at_size(frame: np.ndarray, size: int = 32) -> torch.Tensor:
+    """A frame of data/demo.py as odm.py reads it from a file: (3, size, size) uint8."""
+    image = Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def truth_of(file: Path, severity: float) -> torch.Tensor:
+    """The scene of a file Mayo <grade>/<i>.png at another severity."""
+    return at_size(demo.draw(severity, demo.scene(SEED, int(file.parent.name[5:]), int(file.stem))[1]))
+
+
+def fresh_drawings(each: int) -> tuple[Path, list[Path]]:
+    """A folder with as many drawings of each grade, of scenes that no network has seen, and its files."""
+    root = HERE / f"fresh-{each}"
+    files = [root / f"Mayo {grade}" / f"{i:04d}.png" for grade in range(4) for i in range(each)]
+    for file in files:
+        if not file.exists():
+            picture = Image.fromarray(demo.draw(*demo.scene(SEED, int(file.parent.name[5:]), int(file.stem))))
+            odm.save_picture(picture, file)
+    return root, files
+
+
+def rms(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """Root mean square difference of images in [-1, 1], the mean over images."""
+    difference = odm.to_unit(torch.stack(a)) - odm.to_unit(torch.stack(b))
+    return difference.square().mean((1, 2, 3)).sqrt().mean().item()
+
+
+def severities_in(folder: Path) -> list[float]:
+    """Mean severity measured in each class folder, in ascending order of the classes."""
+    folders = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: severity_of(path))
+    squares = [[odm.read_square(file, 32) for file in sorted(path.glob("*.png"))] for path in folders]
+    return [demo.measure(torch.stack(images).numpy()).mean() for images in squares]
+
+
+def severity_of(path: Path) -> float:
+    return float(path.name.removeprefix("Mayo "))
+
+
+def read(checkpoint: Path, each: int) -> tuple[float, float, float]:
+    """(mean error, correlation within a grade, kappa) of severities read."""
+    _, files = fresh_drawings(each)
+    network = odm.load_network(checkpoint, "cpu")
+    found = odm.read_positions(torch.stack([odm.read_square(file, 32) for file in files]), network, seed=0)
+    grade = np.array([int(file.parent.name[5:]) for file in files])
+    true = np.array([demo.scene(SEED, g, int(file.stem))[0] for g, file in zip(grade, files)])
+    within = np.mean([np.corrcoef(found[grade == g], true[grade == g])[0, 1] for g in range(4)])
+    confusion = np.histogram2d(grade, (found + 0.5).floor(), bins=4, range=[[0, 4]] * 2)[0]
+    return abs(found.numpy() - true).mean(), within, odm.quadratic_kappa(torch.tensor(confusion))
+
+
+def moved(checkpoint: Path, each: int, out: Path) -> list[float]:
+    """Error of drawings moved to 0, 1, 2, 3."""
+    root, files = fresh_drawings(each)
+    odm.sample(checkpoint, "0:3:1", image=root, out=out)
+    errors = []
+    for target in range(4):
+        names = [f"{file.parent.name}-{file.name}" for file in files]
+        images = [odm.read_square(out / f"Mayo {target}" / name, 32) for name in names]
+        errors.append(rms(images, [truth_of(file, target) for file in files]))
+    return errors
+
+
+def row(checkpoint: Path, each: int) -> list[float]:
+    """All numbers of one network."""
+    name = checkpoint.stem if checkpoint.suffix else checkpoint.name
+    drawn = severities_in(odm.sample(checkpoint, "0:3:1", each=each, out=f"samples/{name}"))
+    asked = np.arange(0, 3.1, 0.25)
+    found = severities_in(odm.sample(checkpoint, "0:3:0.25", each=each // 2, out=f"samples/{name}-series"))
+    line = np.polyval(np.polyfit(asked, found, 1), asked)
+    off, bend = abs(found - asked).mean(), np.sqrt(np.square(found - line).mean())
+    errors = moved(checkpoint, each // 2, Path(f"samples/{name}-moved"))
+    return [*drawn, off, bend, *read(checkpoint, each), *errors]
+
+
+def without_a_network(each: int) -> None:
+    """What the numbers of a network compare with."""
+    _, files = fresh_drawings(each)
+    grade = np.array([int(file.parent.name[5:]) for file in files])
+    true = np.array([demo.scene(SEED, g, int(file.stem))[0] for g, file in zip(grade, files)])
+    demo.make(HERE / "demo")
+    images, labels, _ = odm.load_images(HERE / "demo", 32)
+    colour = torch.stack([odm.to_unit(images[labels == c]).mean((0, 2, 3)) for c in range(4)])
+    _, files = fresh_drawings(each // 2)
+    given = [odm.read_square(file, 32) for file in files]
+    own = [int(file.parent.name[5:]) for file in files]
+    print(f"naming every grade without a fault: error {abs(grade - true).mean():.3f}")
+    for target in range(4):
+        truth = [truth_of(file, target) for file in files]
+        recoloured = [odm.to_uint8(odm.to_unit(image) + (colour[target] - colour[g])[:, None, None])
+                      for image, g in zip(given, own)]
+        print(f"to {target}: unmoved {rms(given, truth):.3f}, mean colour of the class added "
+              f"{rms(recoloured, truth):.3f}")
+
+
+def picture(checkpoint: Path, file: Path, rows: int = 4) -> None:
+    """One drawing of each grade and the severity read below it; moved ones, and below each the truth."""
+    network = odm.load_network(checkpoint, "cpu")
+    _, files = fresh_drawings(1)
+    given = torch.stack([odm.read_square(path, 32) for path in files])
+    positions = odm.read_positions(given, network, seed=0)
+    columns = {"given": []}
+    for path, image, position in zip(files, given, positions):
+        out = Path("samples", f"{checkpoint.stem}-picture", path.parent.name)
+        odm.sample(checkpoint, "0:3:1", image=path, out=out)
+        label = Image.new("RGB", (128, 128), "white")
+        font = ImageFont.load_default(18)
+        ImageDraw.Draw(label).text((64, 64), f"read: {position:.2f}", "black", font, anchor="mm")
+        columns["given"] += [enlarged(image), torch.from_numpy(np.array(label)).permute(2, 0, 1)]
+        for target in range(4):
+            at = odm.read_square(out / f"Mayo {target}" / path.name, 32)
+            columns.setdefault(f"moved to {target}", [])
+            columns[f"moved to {target}"] += [enlarged(at), enlarged(truth_of(path, target))]
+    odm.save_picture(odm.sheet_of(list(columns.items())), file)
+
+
+def enlarged(image: torch.Tensor) -> torch.Tensor:
+    large = odm.to_picture(image).resize((128, 128), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(large)).permute(2, 0, 1)
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("--each", type=int, default=32, help="images of each grade; half as many in the series and moved [32]")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw this instead, for one network")
+    args = parser.parse_args()
+    if args.picture:
+        return picture(args.checkpoints[0], args.picture)
+    without_a_network(args.each)
+    head = "drawn at 0, 1, 2, 3 | off | bend | read | within | kappa | moved to 0, 1, 2, 3"
+    rows = np.array([row(path, args.each) for path in args.checkpoints])
+    print(head)
+    for path, numbers in zip(args.checkpoints, rows):
+        print(path.name, " ".join(f"{number:.3f}" for number in numbers))
+    if len(rows) > 1:
+        print("mean", " ".join(f"{number:.3f}" for number in rows.mean(0)))
+        print("standard deviation", " ".join(f"{number:.3f}" for number in rows.std(0, ddof=1)))
+
+
+if __name__ == "__main__":
+    main()
