@@ -1,7 +1,7 @@
 """What does a network do with severities? Measured on drawings, whose severity is known (data/demo.py).
 
     python data/severity.py runs/demo-odm-*                          # a row for each, then mean and spread
-    python data/severity.py data/demo.pt --picture data/moved.png    # given, read, moved to 0 ... 3, the truth
+    python data/severity.py data/demo.pt --picture data/moved.png    # given, read, moved to 0 ... 3, truth
 
     drawn   mean severity of the images drawn at grade 0, 1, 2, 3
     off     severity asked for in quarter steps, 0 ... 3, one noise a row: mean distance of the severity drawn
@@ -37,9 +37,19 @@ def at_size(frame: np.ndarray, size: int = 32) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def severity_of(folder: Path) -> float:
+    """Of a class folder, Mayo 2 or 1.25."""
+    return float(folder.name.removeprefix("Mayo "))
+
+
+def scene_of(file: Path) -> tuple[float, np.random.Generator]:
+    """(true severity, all else) of the fresh drawing Mayo <grade>/<i>.png."""
+    return demo.scene(SEED, int(severity_of(file.parent)), int(file.stem))
+
+
 def truth_of(file: Path, severity: float) -> torch.Tensor:
-    """The scene of a file Mayo <grade>/<i>.png at another severity."""
-    return at_size(demo.draw(severity, demo.scene(SEED, int(file.parent.name[5:]), int(file.stem))[1]))
+    """The scene of a fresh drawing at another severity."""
+    return at_size(demo.draw(severity, scene_of(file)[1]))
 
 
 def fresh_drawings(each: int) -> tuple[Path, list[Path]]:
@@ -48,8 +58,7 @@ def fresh_drawings(each: int) -> tuple[Path, list[Path]]:
     files = [root / f"Mayo {grade}" / f"{i:04d}.png" for grade in range(4) for i in range(each)]
     for file in files:
         if not file.exists():
-            picture = Image.fromarray(demo.draw(*demo.scene(SEED, int(file.parent.name[5:]), int(file.stem))))
-            odm.save_picture(picture, file)
+            odm.save_picture(Image.fromarray(demo.draw(*scene_of(file))), file)
     return root, files
 
 
@@ -59,27 +68,28 @@ def rms(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return difference.square().mean((1, 2, 3)).sqrt().mean().item()
 
 
-def severities_in(folder: Path) -> list[float]:
-    """Mean severity measured in each class folder, in ascending order of the classes."""
-    folders = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: severity_of(path))
-    squares = [[odm.read_square(file, 32) for file in sorted(path.glob("*.png"))] for path in folders]
+def folders_of(out: Path) -> list[Path]:
+    """The folders that odm.sample made, in ascending severity."""
+    return sorted((path for path in out.iterdir() if path.is_dir()), key=severity_of)
+
+
+def severities_in(out: Path) -> list[float]:
+    """Mean severity measured in each folder."""
+    squares = [[odm.read_square(file, 32) for file in sorted(path.glob("*.png"))] for path in folders_of(out)]
     return [demo.measure(torch.stack(images).numpy()).mean() for images in squares]
-
-
-def severity_of(path: Path) -> float:
-    return float(path.name.removeprefix("Mayo "))
 
 
 def read(checkpoint: Path, each: int) -> tuple[float, float, float]:
     """(mean error, correlation within a grade, kappa) of severities read."""
     _, files = fresh_drawings(each)
     network = odm.load_network(checkpoint, "cpu")
-    found = odm.read_positions(torch.stack([odm.read_square(file, 32) for file in files]), network, seed=0)
-    grade = np.array([int(file.parent.name[5:]) for file in files])
-    true = np.array([demo.scene(SEED, g, int(file.stem))[0] for g, file in zip(grade, files)])
+    positions = odm.read_positions(torch.stack([odm.read_square(file, 32) for file in files]), network, seed=0)
+    found = np.interp(positions, range(len(network.classes.names)), network.classes.severities)
+    grade = np.array([severity_of(file.parent) for file in files])
+    true = np.array([scene_of(file)[0] for file in files])
     within = np.mean([np.corrcoef(found[grade == g], true[grade == g])[0, 1] for g in range(4)])
-    confusion = np.histogram2d(grade, (found + 0.5).floor(), bins=4, range=[[0, 4]] * 2)[0]
-    return abs(found.numpy() - true).mean(), within, odm.quadratic_kappa(torch.tensor(confusion))
+    confusion = np.histogram2d(grade, np.floor(found + 0.5), bins=4, range=[[0, 4]] * 2)[0]
+    return abs(found - true).mean(), within, odm.quadratic_kappa(torch.tensor(confusion))
 
 
 def moved(checkpoint: Path, each: int, out: Path) -> list[float]:
@@ -87,9 +97,8 @@ def moved(checkpoint: Path, each: int, out: Path) -> list[float]:
     root, files = fresh_drawings(each)
     odm.sample(checkpoint, "0:3:1", image=root, out=out)
     errors = []
-    for target in range(4):
-        names = [f"{file.parent.name}-{file.name}" for file in files]
-        images = [odm.read_square(out / f"Mayo {target}" / name, 32) for name in names]
+    for target, folder in enumerate(folders_of(out)):
+        images = [odm.read_square(folder / f"{file.parent.name}-{file.name}", 32) for file in files]
         errors.append(rms(images, [truth_of(file, target) for file in files]))
     return errors
 
@@ -109,14 +118,14 @@ def row(checkpoint: Path, each: int) -> list[float]:
 def without_a_network(each: int) -> None:
     """What the numbers of a network compare with."""
     _, files = fresh_drawings(each)
-    grade = np.array([int(file.parent.name[5:]) for file in files])
-    true = np.array([demo.scene(SEED, g, int(file.stem))[0] for g, file in zip(grade, files)])
+    grade = np.array([severity_of(file.parent) for file in files])
+    true = np.array([scene_of(file)[0] for file in files])
     demo.make(HERE / "demo")
     images, labels, _ = odm.load_images(HERE / "demo", 32)
     colour = torch.stack([odm.to_unit(images[labels == c]).mean((0, 2, 3)) for c in range(4)])
     _, files = fresh_drawings(each // 2)
     given = [odm.read_square(file, 32) for file in files]
-    own = [int(file.parent.name[5:]) for file in files]
+    own = [int(severity_of(file.parent)) for file in files]
     print(f"naming every grade without a fault: error {abs(grade - true).mean():.3f}")
     for target in range(4):
         truth = [truth_of(file, target) for file in files]
@@ -140,8 +149,8 @@ def picture(checkpoint: Path, file: Path, rows: int = 4) -> None:
         font = ImageFont.load_default(18)
         ImageDraw.Draw(label).text((64, 64), f"read: {position:.2f}", "black", font, anchor="mm")
         columns["given"] += [enlarged(image), torch.from_numpy(np.array(label)).permute(2, 0, 1)]
-        for target in range(4):
-            at = odm.read_square(out / f"Mayo {target}" / path.name, 32)
+        for target, folder in enumerate(folders_of(out)):
+            at = odm.read_square(folder / path.name, 32)
             columns.setdefault(f"moved to {target}", [])
             columns[f"moved to {target}"] += [enlarged(at), enlarged(truth_of(path, target))]
     odm.save_picture(odm.sheet_of(list(columns.items())), file)
@@ -156,7 +165,8 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--each", type=int, default=32, help="images of each grade; half as many in the series and moved [32]")
+    text = "images of each grade; half as many in the series and moved [24]"
+    parser.add_argument("--each", type=int, default=24, help=text)
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw this instead, for one network")
     args = parser.parse_args()
     if args.picture:
