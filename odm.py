@@ -884,7 +884,8 @@ class Log:
 
 @torch.no_grad()
 def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple], config: Config,
-                device: torch.device | str = "cpu", given: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+                device: torch.device | str = "cpu",
+                given: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """Images at positions in 0..C-1: (B, 3, size, size) uint8 on the CPU.
 
     All noise of row i comes from keys[i] alone, so it is the same image in any batch.

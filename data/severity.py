@@ -47,9 +47,9 @@ def scene_of(file: Path) -> tuple[float, np.random.Generator]:
     return demo.scene(SEED, int(severity_of(file.parent)), int(file.stem))
 
 
-def truth_of(file: Path, severity: float) -> torch.Tensor:
-    """The scene of a fresh drawing at another severity."""
-    return at_size(demo.draw(severity, scene_of(file)[1]))
+def truths_of(files: list[Path], severity: float) -> torch.Tensor:
+    """The scenes of fresh drawings at another severity: (N, 3, 32, 32) uint8."""
+    return torch.stack([at_size(demo.draw(severity, scene_of(file)[1])) for file in files])
 
 
 def fresh_drawings(each: int) -> tuple[Path, list[Path]]:
@@ -62,9 +62,15 @@ def fresh_drawings(each: int) -> tuple[Path, list[Path]]:
     return root, files
 
 
-def rms(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    """Root mean square difference of images in [-1, 1], the mean over images."""
-    difference = odm.to_unit(torch.stack(a)) - odm.to_unit(torch.stack(b))
+def grades_and_severities(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Grade and true severity of each fresh drawing."""
+    grades = [int(severity_of(file.parent)) for file in files]
+    return np.array(grades), np.array([scene_of(file)[0] for file in files])
+
+
+def rms(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Root mean square difference of uint8 images, taken in [-1, 1], the mean over images."""
+    difference = odm.to_unit(a) - odm.to_unit(b)
     return difference.square().mean((1, 2, 3)).sqrt().mean().item()
 
 
@@ -75,18 +81,17 @@ def folders_of(out: Path) -> list[Path]:
 
 def severities_in(out: Path) -> list[float]:
     """Mean severity measured in each folder."""
-    squares = [[odm.read_square(file, 32) for file in sorted(path.glob("*.png"))] for path in folders_of(out)]
-    return [demo.measure(torch.stack(images).numpy()).mean() for images in squares]
+    squares = [odm.read_squares(sorted(path.glob("*.png")), size=32) for path in folders_of(out)]
+    return [demo.measure(images.numpy()).mean() for images in squares]
 
 
 def read(checkpoint: Path, each: int) -> tuple[float, float, float]:
     """(mean error, correlation within a grade, kappa) of severities read."""
     _, files = fresh_drawings(each)
     network = odm.load_network(checkpoint, "cpu")
-    positions = odm.read_positions(torch.stack([odm.read_square(file, 32) for file in files]), network, seed=0)
+    positions = odm.read_positions(odm.read_squares(files, size=32), network, seed=0)
     found = np.interp(positions, range(len(network.classes.names)), network.classes.severities)
-    grade = np.array([severity_of(file.parent) for file in files])
-    true = np.array([scene_of(file)[0] for file in files])
+    grade, true = grades_and_severities(files)
     within = np.mean([np.corrcoef(found[grade == g], true[grade == g])[0, 1] for g in range(4)])
     confusion = np.histogram2d(grade, np.floor(found + 0.5), bins=4, range=[[0, 4]] * 2)[0]
     return abs(found - true).mean(), within, odm.quadratic_kappa(torch.tensor(confusion))
@@ -98,8 +103,8 @@ def moved(checkpoint: Path, each: int, out: Path) -> list[float]:
     odm.sample(checkpoint, "0:3:1", image=root, out=out)
     errors = []
     for target, folder in enumerate(folders_of(out)):
-        images = [odm.read_square(folder / f"{file.parent.name}-{file.name}", 32) for file in files]
-        errors.append(rms(images, [truth_of(file, target) for file in files]))
+        images = odm.read_squares([folder / f"{file.parent.name}-{file.name}" for file in files], size=32)
+        errors.append(rms(images, truths_of(files, target)))
     return errors
 
 
@@ -118,28 +123,25 @@ def row(checkpoint: Path, each: int) -> list[float]:
 def without_a_network(each: int) -> None:
     """What the numbers of a network compare with."""
     _, files = fresh_drawings(each)
-    grade = np.array([severity_of(file.parent) for file in files])
-    true = np.array([scene_of(file)[0] for file in files])
+    grade, true = grades_and_severities(files)
     demo.make(HERE / "demo")
     images, labels, _ = odm.load_images(HERE / "demo", 32)
     colour = torch.stack([odm.to_unit(images[labels == c]).mean((0, 2, 3)) for c in range(4)])
     _, files = fresh_drawings(each // 2)
-    given = [odm.read_square(file, 32) for file in files]
-    own = [int(severity_of(file.parent)) for file in files]
+    given, own = odm.read_squares(files, size=32), grades_and_severities(files)[0]
     print(f"naming every grade without a fault: error {abs(grade - true).mean():.3f}")
     for target in range(4):
-        truth = [truth_of(file, target) for file in files]
-        recoloured = [odm.to_uint8(odm.to_unit(image) + (colour[target] - colour[g])[:, None, None])
-                      for image, g in zip(given, own)]
+        truth, shift = truths_of(files, target), colour[target] - colour[own]
+        recoloured = odm.to_uint8(odm.to_unit(given) + shift[:, :, None, None])
         print(f"to {target}: unmoved {rms(given, truth):.3f}, mean colour of the class added "
               f"{rms(recoloured, truth):.3f}")
 
 
-def picture(checkpoint: Path, file: Path, rows: int = 4) -> None:
+def picture(checkpoint: Path, file: Path) -> None:
     """One drawing of each grade and the severity read below it; moved ones, and below each the truth."""
     network = odm.load_network(checkpoint, "cpu")
     _, files = fresh_drawings(1)
-    given = torch.stack([odm.read_square(path, 32) for path in files])
+    given = odm.read_squares(files, size=32)
     positions = odm.read_positions(given, network, seed=0)
     columns = {"given": []}
     for path, image, position in zip(files, given, positions):
@@ -152,7 +154,7 @@ def picture(checkpoint: Path, file: Path, rows: int = 4) -> None:
         for target, folder in enumerate(folders_of(out)):
             at = odm.read_square(folder / path.name, 32)
             columns.setdefault(f"moved to {target}", [])
-            columns[f"moved to {target}"] += [enlarged(at), enlarged(truth_of(path, target))]
+            columns[f"moved to {target}"] += [enlarged(at), enlarged(truths_of([path], target)[0])]
     odm.save_picture(odm.sheet_of(list(columns.items())), file)
 
 
