@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "numpy", "pillow", "scipy"]
+# dependencies = ["torch>=2.5", "numpy", "pillow>=10.1", "scipy"]
 # ///
 """How good are generated images? FID, KID, precision and recall, overall and per class.
 
@@ -58,17 +58,19 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     means, factors = [], []
     for x in (real, fake):
         x = np.asarray(x, np.float64)
-        n, d = x.shape
         means.append(x.mean(0))
-        # Centred features are a factor of their covariance themselves, with n <= d the smaller one.
-        factors.append((x - means[-1]) / np.sqrt(n - 1) if n <= d else _factor(np.cov(x, rowvar=False)))
+        # Centred features are a factor of their covariance; so is R of their QR, which is smaller.
+        factors.append(np.linalg.qr((x - means[-1]) / np.sqrt(len(x) - 1), mode="r"))
     return _frechet(*means, *factors)
 
 
 def frechet_distance_from_moments(mu1: ndarray, cov1: ndarray, mu2: ndarray, cov2: ndarray) -> float:
     """frechet_distance from means (d,) and covariances (d, d), for statistics published without features."""
-    mu1, cov1, mu2, cov2 = (np.asarray(moment, np.float64) for moment in (mu1, cov1, mu2, cov2))
-    return _frechet(mu1, mu2, _factor(cov1), _factor(cov2))
+    factors = []
+    for cov in (cov1, cov2):
+        w, v = scipy.linalg.eigh(np.asarray(cov, np.float64))
+        factors.append(np.sqrt(w.clip(0))[:, None] * v.T)  # rounding can push a w that should be 0 below it
+    return _frechet(np.asarray(mu1, np.float64), np.asarray(mu2, np.float64), *factors)
 
 
 def _frechet(mu1: ndarray, mu2: ndarray, a: ndarray, b: ndarray) -> float:
@@ -79,20 +81,11 @@ def _frechet(mu1: ndarray, mu2: ndarray, a: ndarray, b: ndarray) -> float:
     return max(float(distance), 0.0)  # equal sets leave a rounding error of either sign
 
 
-def _factor(cov: ndarray) -> ndarray:
-    """A (d, d) with A'A = cov."""
-    try:
-        return scipy.linalg.cholesky(cov)
-    except scipy.linalg.LinAlgError:  # cov is singular: A = w^(1/2) V'
-        w, v = scipy.linalg.eigh(cov)
-        return np.sqrt(w.clip(0))[:, None] * v.T  # rounding can push a w that should be 0 below it
-
-
 def kernel_distance(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """KID, the unbiased squared MMD of real (N, d), fake (M, d), kernel (x.y / d + 1)^3; its standard error.
 
     mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs of different images; 0 on average for equal
-    distributions at any n, hence below 0 half of the time. The error is the jackknife's, which leaves out one
+    distributions at any n, hence often below 0. The error is the jackknife's, which leaves out one
     image at a time. N, M >= 3, else not finite. Memory is linear in N and M.
     """
 
@@ -169,8 +162,8 @@ def ridge_classifier(x: Tensor, labels: Tensor, num_classes: int) -> Callable[[T
     """A classifier of ordered classes 0..C-1, fitted to features x (n, d); it maps (m, d) to classes (m,).
 
     Ridge regression answers C - 1 questions, "more severe than c?" (Frank & Hall 2001), and the class is the
-    number of yeses. One question a class would fail: classes in a line hide those in between. Classes weigh
-    the same, however rare. The penalty is that of the least leave-one-out error, residual / (1 - leverage).
+    number of yeses. "Is it c?" would fail: no plane separates a class in the middle. Classes weigh the same,
+    however rare. The penalty is that of the least leave-one-out error, residual / (1 - leverage).
     """
     counts = torch.bincount(labels, minlength=num_classes)
     weight = (1 / counts.double()[labels]) / (counts > 0).sum()  # sums to 1
@@ -185,7 +178,7 @@ def ridge_classifier(x: Tensor, labels: Tensor, num_classes: int) -> Callable[[T
         slope = v @ (shrink[:, None] * (z.T @ (root * target)))
         leverage = z.square() @ shrink + weight
         error = weight @ ((target - x @ slope) / (1 - leverage)[:, None]).square().sum(1)
-        if error < least:  # never where all images are one: then every image has the class of the mean
+        if error < least:  # never where all images are the same: every image then gets the mean's class
             least, best_slope = error, slope
     return lambda features: ((features.double() - x_mean) @ best_slope + target_mean > 0.5).sum(1)
 
@@ -203,7 +196,7 @@ def classifier_score(x: Tensor, labels: Tensor, real: Tensor, real_labels: Tenso
 # --------------------------------------------------------------------------------------------- the network
 
 # A string is a branch: its convolutions in turn, by their names in the public weight file: channels@height x
-# width, "/" and the stride where it has no padding, "|" between two that have the same input.
+# width, "/" and the stride where it is not padded, "|" between two that have the same input.
 _5 = ["branch1x1:64@1x1", "branch5x5_1:48@1x1 branch5x5_2:64@5x5",
       "branch3x3dbl_1:64@1x1 branch3x3dbl_2:96@3x3 branch3x3dbl_3:96@3x3"]
 _6a = ["branch3x3:384@3x3/2", "branch3x3dbl_1:64@1x1 branch3x3dbl_2:96@3x3 branch3x3dbl_3:96@3x3/2"]
@@ -236,8 +229,8 @@ class Conv(nn.Sequential):
     def __init__(self, channels: int, spec: str):
         super().__init__()
         out, height, width, *stride = map(int, re.findall(r"\d+", spec))
-        strides = stride or (1, "same")  # with the padding behind it
-        self.conv = nn.Conv2d(channels, out, (height, width), *strides, bias=False)
+        stride_and_padding = stride or (1, "same")
+        self.conv = nn.Conv2d(channels, out, (height, width), *stride_and_padding, bias=False)
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
         self.relu = nn.ReLU()
 
@@ -382,7 +375,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     listings = {root: list_generated(root, classes) for root in args.generated}
     sizes = {length for paths, _ in listings.values() for length in odm.read_image(paths[0]).size}
     if not args.size and len(sizes) > 1:
-        raise odm.UserError(f"generated images have sides of {sizes} pixels: give the real ones' --size")
+        listed = ", ".join(map(str, sorted(sizes)))
+        raise odm.UserError(f"generated images have sides of {listed} pixels: give the real ones' --size")
     reading = dict(size=args.size or sizes.pop(), crop=args.crop)
     network = load_weights(args.dims, args.weights)
     real = features(odm.read_squares(real_paths, **reading), network, args.batch, "real")
@@ -446,7 +440,7 @@ def report(result: dict) -> str:
         counts = f"{row['n_fake']:6}{row['n_real']:7}"
         lines.append(f"{counts}{scores:47}{copies}  {row['class']}, {row['generated']}")
     lines.append("* n below the dimensions: FID is biased upward, compare only at equal n; see KID")
-    if result["classifier"]:
+    if result["settings"]["trained_on"]:
         lines.append("copies: at least twice as near to an image of --trained-on as to any real one")
         lines.append("\n kappa  mean error  recall of the top grade  of a classifier fitted on")
     for row in result["classifier"]:
@@ -506,6 +500,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise odm.UserError(f"{file}: must be a file in a folder that exists")
         if args.neighbours and not args.trained_on:
             raise odm.UserError("--neighbours shows images of --trained-on DIR: give that too")
+        if args.trained_on and Path(args.trained_on).resolve() == Path(args.real).resolve():
+            raise odm.UserError("--trained-on: REAL must be other images, which the generator did not see")
         warnings.filterwarnings("ignore", module="torch")  # its words on odd files are in the error
         torch.set_float32_matmul_precision("highest")  # with less, as some machines set it, distances are off
         with contextlib.redirect_stdout(sys.stderr):  # odm.py says what it reads

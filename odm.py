@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "numpy", "pillow>=10.1", "scipy"]
+# dependencies = ["torch>=2.5", "numpy", "pillow>=10.1"]
 # ///
 """The Ordinal Diffusion Model: one script, read from top to bottom.
 
@@ -80,7 +80,7 @@ class Config:
     distance: str = setting("euclidean", "d of Eq. 6; squared: as printed, which contradicts Eq. 7",
                             choices=("euclidean", "squared"))
     spacing: bool = setting(False, "ask also for d(p,q) : d(q,r) = (q-p) : (r-q) (the paper's future work)")
-    balance: str = setting("data", "classes in L_DM: at their frequency in the data (Eq. 3) or even",
+    balance: str = setting("data", "how often each class is drawn: as in the data (Eq. 3) or evenly",
                            choices=("data", "uniform"))
     class_dropout: float = setting(0.1, "probability of the null class (Ho & Salimans)", 0.0, 0.99)
     # U-Net
@@ -88,7 +88,7 @@ class Config:
     ch_mult: tuple = setting((1, 2, 2, 2), "channel multiplier of each resolution (Ho et al.)", 1)
     blocks: int = setting(2, "residual blocks at each resolution (Ho et al.)", 1)
     attention: tuple = setting((16,), "sides of the feature maps with self-attention (Ho et al.)", 1)
-    groups: int = setting(32, "of GroupNorm (Ho et al.); many in a narrow network lose the mean colour", 1)
+    groups: int = setting(32, "of GroupNorm (Ho et al.); too many in a narrow network lose mean colours", 1)
     dropout: float = setting(0.1, "dropout in the residual blocks (Ho et al.)", 0.0, 0.99)
     # training
     batch: int = setting(32, "images a step, over all processes (paper)", 1)
@@ -226,7 +226,7 @@ class Batch:
     t: Tensor  # (B,) timesteps 1..T
     flip: Tensor  # (B,) mirrored or not
     triplets: Tensor  # (G, 3) rows in ascending severity; G = 0 for the plain diffusion model
-    labelled: Tensor  # (G,) 1, or 0 where the root drew the null class, which has no place in the order
+    weight: Tensor  # (G,) 0 where the root drew the null class, which has no place in the order; 1 on average
     share: Tensor  # (G,) (q-p)/(r-p) of the severities, for --spacing
 
     def to(self, device: torch.device) -> Batch:
@@ -250,25 +250,26 @@ def draw_batch(labels: Tensor, severities: Sequence[float], config: Config, B: i
     flip = (torch.rand(B, generator=rng) < 0.5) & config.flip
     null = torch.rand(B, generator=rng) < config.class_dropout  # a coin for each image
 
-    root = torch.arange(G).repeat_interleave(2)  # of each partner
+    partner_root = torch.arange(G).repeat_interleave(2)
     not_own = 1 - F.one_hot(labels[image[:G]], C)
     other = not_own.float().multinomial(2, generator=rng).flatten()  # two of the other classes
-    partner = one_of(other) if config.triplets == "images" else image[root]  # the two readings
+    partner = one_of(other) if config.triplets == "images" else image[partner_root]
 
     label = torch.cat([labels[image], other])
     triplets = torch.cat([torch.arange(G)[:, None], torch.arange(B, B + 2 * G).view(G, 2)], dim=1)
     triplets = triplets.gather(1, label[triplets].argsort(1))  # p < q < r
     p, q, r = torch.tensor(severities)[label[triplets]].unbind(1)
     label[:B][null] = C
-    return Batch(torch.cat([image, partner]), label, torch.cat([torch.arange(B), root]), t, flip, triplets,
-                 labelled=1 - null[:G].float(), share=(q - p) / (r - p))
+    weight = (1 - null[:G].float()) / (1 - config.class_dropout)
+    root = torch.cat([torch.arange(B), partner_root])
+    return Batch(torch.cat([image, partner]), label, root, t, flip, triplets, weight, share=(q - p) / (r - p))
 
 
 # ---------------------------------------------------------------------- one training step (Eq. 8)
 
 
 def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_bar: Tensor, config: Config):
-    """Eq. 8, L_total = L_DM + W lambda_t L_ordinal, with lambda_t = t / T and W = config.ordinal.
+    """Eq. 8, L_total = L_DM + lambda_t L_ordinal, with lambda_t = t / T (times W, config.ordinal).
 
     x_0 (R, 3, H, W): the clean images of the rows; eps (B, 3, H, W): the noise of the roots. One forward
     pass serves both losses: L_DM reads the B images under their own labels, L_ordinal the G triplets.
@@ -283,8 +284,7 @@ def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_ba
     p, q, r = eps_hat[batch.triplets].unbind(1)
     lambda_t = t[batch.triplets[:, 0]] / config.timesteps
     share = batch.share if config.spacing else None
-    ordinal = (batch.labelled * lambda_t * ordinal_loss(p, q, r, config.distance, share)).mean()
-    ordinal = ordinal / (1 - config.class_dropout)  # those that are not labelled count as 0 in the mean
+    ordinal = (batch.weight * lambda_t * ordinal_loss(p, q, r, config.distance, share)).mean()
     return dm + config.ordinal * ordinal, dm, ordinal
 
 
@@ -349,8 +349,8 @@ def ddim(eps_fn: Callable, x: Tensor, alpha_bar: Tensor, times: Sequence[int], e
     """Take x from t = times[0] to t = times[-1] by DDIM (Song et al. 2021, Eq. 12): (B, ...) -> (B, ...).
 
     Falling times, T ... 0, draw: x_T becomes an image. Rising times, 0 ... T, with eta = 0 and clip = False
-    encode: an image becomes the x_T from which it is drawn again (their Section 4.3). Each step undoes one of
-    drawing: both ask eps_fn(x, t), t (B,) long, at the noisier of their two ends, so never at t = 0.
+    encode: an image becomes the x_T from which it is drawn again (their Section 4.3). Each step nearly undoes
+    one of drawing: both ask eps_fn(x, t), t (B,) long, at the noisier of their two ends, so never at t = 0.
     eta = 0 is deterministic. `clip` keeps the estimate of x_0 in [-1, 1]. noise(x) draws z, where eta > 0.
 
     eta = 1, all T steps, clip = False is Eq. 2 but for two things. Its denominator reads sqrt(1 - alpha_t), a
@@ -381,7 +381,7 @@ def read_position(model: Callable, x_0: Tensor, alpha_bar: Tensor, seed: int = 0
     A diffusion classifier (Li et al. 2023) that knows fractions. Let e_c = eps - eps_theta(x_t, t, c) be the
     error of class c, and G_cd the mean of e_c e_d over t, eps and entries. The estimate at position k + a,
     (1-a) eps_k + a eps_{k+1}, errs by (1-a)^2 G_kk + 2a(1-a) G_k,k+1 + a^2 G_k+1,k+1, which is least at
-    a = (G_kk - G_k,k+1) / (G_kk - 2 G_k,k+1 + G_k+1,k+1), kept in [0, 1]. The best of the segments k wins.
+    a = (G_kk - G_k,k+1) / (G_kk - 2 G_k,k+1 + G_k+1,k+1), kept in [0, 1]. The segment k that errs least wins.
 
     times: the t, as parts of T. All images see one eps at each, and its mirror -eps, so that errors that are
     odd in eps cancel. What a t adds is divided by the root of its mean error: undivided, the small t, with
@@ -406,7 +406,7 @@ def read_position(model: Callable, x_0: Tensor, alpha_bar: Tensor, seed: int = 0
 
 # ----------------------------- U-Net of Ho et al. (2020), as published, with a class embedding
 
-NEARLY_ZERO = 1e-5  # gain of the last layer of each residual branch (Ho et al.: a variance scale of 1e-10)
+NEARLY_ZERO = 1e-5  # gain of the last layer, and of each residual branch's (Ho et al.: variance scale 1e-10)
 
 
 def glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:
@@ -461,8 +461,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with in_branch(x, self.config):
             h = self.norm(x)
-            q, k, v = (f(h).flatten(2).mT.unsqueeze(1) for f in (self.q, self.k, self.v))  # (R, 1, HW, C)
-            h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' C^-0.5) v
+            q, k, v = (f(h).flatten(2).mT.unsqueeze(1) for f in (self.q, self.k, self.v))  # (R, 1, HW, ch)
+            h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / sqrt(ch)) v
             h = self.out(h.squeeze(1).mT.reshape(x.shape))
         return x + h
 
@@ -652,7 +652,8 @@ def classes_from_csv(root: Path, paths: Sequence[Path], columns: str) -> dict[Pa
     for file in sorted(root.rglob("*.csv")):
         with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
             for row in csv.DictReader(stream):
-                for id, grade in ((row.get(id), row.get(grade)) for id, grade in pairs):
+                for id_column, grade_column in pairs:
+                    id, grade = row.get(id_column), row.get(grade_column)
                     if id and grade and grade_of.setdefault(id, grade) != grade:
                         raise UserError(f"{file}: gives {id} a second grade; remove one of the two")
     found = {}
@@ -665,10 +666,10 @@ def classes_from_csv(root: Path, paths: Sequence[Path], columns: str) -> dict[Pa
 
 
 def classes_from_folders(root: Path, paths: Sequence[Path], names: Sequence[str] = ()) -> dict[Path, str]:
-    """{path: class}: of the folders below root that an image is in, the nearest that is one of `names`.
+    """{path: class}: the nearest folder above each image, and below root, that is one of `names`.
 
-    Without names, that of the commonest kind, digits read as #: 17/Mayo 2/copy (1)/a.bmp is a "Mayo #", as
-    nearly all others are, no "copy (#)".
+    Without names, the nearest of the commonest kind, digits read as #: 17/Mayo 2/copy (1)/a.bmp is a Mayo 2,
+    where "Mayo #" is more frequent than "copy (#)".
     """
     kind = partial(re.sub, NUMBER, "#")
     kinds = Counter(kind(path.parent.name) for path in paths if path.parent != root)
@@ -724,7 +725,8 @@ def find_images(root: str | Path, order: str = "", columns: str = ""):
         first.setdefault((name, path.name, sha256(content)), path)
     twins, others = len(class_of) - len(first), len(paths) - len(class_of)
     remark = f"; passed over: {twins:,} twins (same class, name and content), {others:,} without a class"
-    return list(first.values()), [names.index(name) for name, *_ in first], names, remark
+    kept = list(first.values())
+    return kept, [names.index(class_of[path]) for path in kept], names, remark
 
 
 def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = "", columns: str = ""):
@@ -820,7 +822,7 @@ def train(config: Config) -> Path:
             at_end = step >= config.steps
             sheet_file = out / "sheets" / f"{step:06d}.png"
             sheet_due = at_end or (step and config.sheet_every and step % config.sheet_every == 0)
-            if RANK == 0 and sheet_due:  # here, after saving: a run that was killed while drawing draws again
+            if RANK == 0 and sheet_due:  # here, after saving: if killed while drawing, the run draws again
                 sheet = draw_sheet(ema, classes, config, device)
                 save_picture(sheet, out / "sheet.png")
                 save_picture(sheet, sheet_file)
@@ -868,7 +870,8 @@ class Log:
             if not all(map(math.isfinite, cells[:5])):
                 raise UserError(f"step {step}: the loss is not finite; train with a lower --lr in another "
                                 "--out (checkpoint.pt holds the last good state, if one was saved)")
-            self.rows.append(",".join([f"{cell:.7g}" for cell in cells] + [""] * (7 - len(cells))))
+            numbers = [f"{step}", *(f"{cell:.7g}" for cell in cells[1:])]
+            self.rows.append(",".join(numbers + [""] * (7 - len(numbers))))
         self.pending = []
         return self.rows
 
@@ -888,7 +891,7 @@ def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple
                 given: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """Images at positions in 0..C-1: (B, 3, size, size) uint8 on the CPU.
 
-    All noise of row i comes from keys[i] alone, so it is the same image in any batch.
+    All noise of row i comes from keys[i] alone: it is the same image, up to rounding, in any batch.
     given: images to move (uint8), their own positions, and which of them each row moves (B,). Each is encoded
     at its own position, which leaves in x_T what the class does not explain, and drawn from there; nothing is
     clipped, as encoding clipped nothing.
@@ -1015,8 +1018,10 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     With image, a file or folder, given images are moved to other severities instead, without guidance, into
     OUT/<class>/<name>.png; at: the severity that they have, else it is read from each.
     """
-    if image and (n or each or {"guidance", "eta"} & changes.keys()) or (at and not image):
-        raise UserError("--image, images to move: goes with --at, not with -n, --each, --guidance or --eta")
+    if image and (n or each or {"guidance", "eta"} & changes.keys()):
+        raise UserError("--image, images to move: goes without -n, --each, --guidance and --eta")
+    if at and not image:
+        raise UserError("--at is the severity of given images: name them with --image")
     if min(n, each, batch) < 0 or (n and each):
         raise UserError("-n, --each, --batch: 0 or more, and only one of -n and --each")
     if image:
@@ -1029,20 +1034,21 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
                     guidance=config.guidance, sample_steps=config.sample_steps)
     if image:
         files, _, images = given_images([image], network)
-        settings.update(at=at, images=sha256(images.numpy().tobytes()))
+        settings.update(series=False, at=at, images=sha256(images.numpy().tobytes()))
+        folder = Path(image).resolve()
+        titles = [Path("-".join(file.relative_to(folder).parts) or file.name).stem for file in files]
+        if len(set(titles)) < len(titles):
+            raise UserError(f"--image {image}: two images would get one name in {out}; rename one")
+        given_at = list(parse_severities(at, classes, "--at").values()) if at else []
+        if len(given_at) > 1:
+            raise UserError(f"--at {at}: name one severity, that of all these images")
     if RANK == 0:
         lock = lock_folder(out)  # held as long as this variable
         note_settings(out, settings)
     from_all(None)  # the others wait for the first
     if image:
-        if at:
-            own = torch.tensor([*parse_severities(at, classes, "--at").values()][:1] * len(files))
-        else:
-            own = read_positions(images, network, seed).float()
-        folder, counts = Path(image).resolve(), [len(files)] * len(wanted)
-        titles = [Path("-".join(file.relative_to(folder).parts) or file.name).stem for file in files]
-        if len(set(titles)) < len(titles):
-            raise UserError(f"--image {image}: two images differ in nothing but their suffix; rename one")
+        own = torch.tensor(given_at * len(files)) if at else read_positions(images, network, seed).float()
+        counts = [len(files)] * len(wanted)
     else:
         counts = [each or (16 if len(wanted) == 1 else 8)] * len(wanted)
         if n:
@@ -1068,9 +1074,10 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
             keys = [(seed, i) if series else (seed, i, round(p, 6)) for i, p in zip(index, positions)]
             distinct, which = torch.tensor(index).unique(return_inverse=True)
             given = (images[distinct], own[distinct], which) if image else None
-            pictures = map(to_picture, draw_images(net, positions, keys, config, device, given))
+            drawn = draw_images(net, positions, keys, config, device, given)
+            new = [(to_picture(x), file) for x, file in zip(drawn, files[: len(some)]) if not file.exists()]
             with ThreadPoolExecutor() as pool:
-                list(pool.map(save_picture, pictures, files[: len(some)]))
+                list(pool.map(save_picture, *zip(*new)))
         progress.show(min(first + WORLD * batch, len(jobs)))
     from_all(None)
     if RANK == 0:
@@ -1420,7 +1427,7 @@ ABOUT = dict(  # arguments of sample and grade
     n="images in all, classes at their training frequencies",
     each="images of each severity [16 of one, else 8]",
     out="of sample: folder for the images [samples/RUN-STEP]; of grade: file for the CSV [standard output]",
-    seed="of all noise: image i of a class depends on (seed, class, i) alone [0]",
+    seed="of all noise [0]",
     batch="images at once [16 on a CPU, else 128]; lower it where memory runs out",
     device="cpu, cuda, ... [the GPU if there is one]",
     image="an image or a folder of them to move to --class [none: images are drawn from noise]",
@@ -1475,6 +1482,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit status: 0, 2 for what the user can mend, 130 and 143 for Ctrl-C and SIGTERM."""
     args = vars(parser().parse_args(argv))
+    speaks = LOCAL_RANK == 0  # most errors are those of all processes: one says it
     try:
         command = args.pop("command")
         if command == "train":
@@ -1486,16 +1494,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on", 130
+        message, status = "stopped; train and sample go on with the same command", 130
     except (UserError, OSError) as error:
         message, status = str(error), 2
     except (RuntimeError, MemoryError) as error:
         message, status = "out of memory: lower --batch, or --size where the images alone are too many", 2
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             message = "the connection to another process is lost"
-        elif not out_of_memory(error):
+        elif out_of_memory(error):
+            speaks = True
+        else:
             raise
-    if LOCAL_RANK == 0:  # what goes wrong in one process ends them all: one says it
+    if speaks:
         print(f"odm.py: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 

@@ -226,7 +226,7 @@ def drawn(step=0, B=8, **changes):
 def test_a_triplet_is_three_classes_in_order_with_one_noise(triplets):
     seen = set()
     for step in range(60):
-        _, batch = drawn(step, 32, triplets=triplets, class_dropout=0.2)
+        config, batch = drawn(step, 32, triplets=triplets, class_dropout=0.2)
         _, plain = drawn(step, 32, triplets=triplets, class_dropout=0.2, ordinal=0.0)
         assert len(plain.image) == 32 and len(plain.triplets) == 0
         for name in ("image", "label", "t", "flip"):  # the plain diffusion model sees the same images
@@ -235,7 +235,7 @@ def test_a_triplet_is_three_classes_in_order_with_one_noise(triplets):
         for g, rows in enumerate(batch.triplets):
             assert batch.root[rows].tolist() == [g] * 3 and g in rows  # so noise, t, flip and mask are one
             shown, own = batch.label[rows].tolist(), LABELS[batch.image[g]].item()
-            assert batch.labelled[g].item() == (4 not in shown)
+            assert batch.weight[g].item() == pytest.approx((4 not in shown) / (1 - config.class_dropout))
             classes = [own if c == 4 else c for c in shown]
             assert classes == sorted(set(classes))
             if triplets == "images":  # each under its own class
@@ -908,8 +908,9 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
         "a severity from 0 to 3": [*sample, "--class", "4"],
         "none.pt: no whole checkpoint": ["sample", "--checkpoint", "none.pt"],
         "--at 9": [*move, "--at", "9"],
-        "not with -n": [*move, "-n", "3"],
-        "goes with --at": [*sample, "--at", "1"],
+        "--at 0:2:1: name one severity": [*move, "--at", "0:2:1"],
+        "goes without -n": [*move, "-n", "3"],
+        "name them with --image": [*sample, "--at", "1"],
         "absent.png": ["grade", "absent.png", "--checkpoint", run],
         "no images in it": ["grade", "empty", "--checkpoint", run],
     }.items():
@@ -1325,6 +1326,7 @@ def test_bad_input_of_fid_is_one_line_and_status_2(folders, weights_64, capsys, 
         "none/s.json: must be a file": "real dm --json none/s.json",
         "--neighbours shows images of --trained-on": "real dm --neighbours n.png",
         "--trained-on between: classes": "real dm --trained-on between",
+        "--trained-on: REAL must be": "real dm --trained-on real",
         "GENERATED": "real",
     }.items():
         line = error_of(capsys, fid.main, "--dims", 64, "--weights", weights_64, *words.split())
