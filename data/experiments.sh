@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The commands behind data/RESULTS.md and the pictures, in parts, each of which goes on where it was stopped:
-#     bash data/experiments.sh drawings knees colon pictures
+#     bash data/experiments.sh drawings knees large pictures
 # STEPS=4 EACH=4 N=40 SEEDS=0 tries a part quickly. data/README.md says where the real images come from.
 # OMP_NUM_THREADS=1 keeps a part to one core.
 set -euo pipefail
@@ -13,12 +13,12 @@ train() { # NAME FLAGS...: trains runs/NAME
     python odm.py train --preset small --out "runs/$name" "$@"
 }
 
-pick() { # FOLDER NUMBER OUT: so many of its images, evenly from the list, at 32x32
+pick() { # FOLDER NUMBER OUT SIZE: so many of its images, evenly from the list, at that size
     python - "$@" <<'END'
 import sys
 from pathlib import Path
 import numpy, odm
-images, labels, names = odm.load_images(sys.argv[1], 32)
+images, labels, names = odm.load_images(sys.argv[1], int(sys.argv[4]))
 for i in numpy.linspace(0, len(images) - 1, int(sys.argv[2])).round().astype(int):
     odm.save_picture(odm.to_picture(images[i]), Path(sys.argv[3], names[labels[i]], f"{i:05d}.png"))
 END
@@ -40,8 +40,8 @@ drawings() { # severities drawn, read and moved, where they are known
 }
 
 knees() { # the paper's Table 1, on radiographs
-    pick data/knee "$n" samples/knee-real
-    pick data/knee-test 400 data/knee-400
+    pick data/knee "$n" samples/knee-real 32
+    pick data/knee-test 400 data/knee-400 32
     for seed in $seeds; do
         train "knee-dm-$seed" --data data/knee --steps $((4 * steps)) --seed "$seed" --ordinal 0
         train "knee-odm-$seed" --data data/knee --steps $((4 * steps)) --seed "$seed"
@@ -66,17 +66,34 @@ for folder in sorted(Path("data/hyperkvasir-uc").iterdir()):
 END
 }
 
-colon() { # 64x64: nearer to the paper's own subject and size
+ship() { # RUN FILE: its averaged weights in half precision
+    python - "$@" <<'END'
+import sys, torch
+state = torch.load(f"{sys.argv[1]}/checkpoint.pt", weights_only=True)
+config = state["config"] | dict(data="", out="", init="")
+ema = {name: weight.half() for name, weight in state["ema"].items()}
+torch.save(dict(config=config, classes=state["classes"], step=state["step"], ema=ema), sys.argv[2])
+END
+}
+
+large() { # 64x64, the paper's size: radiographs, and its own subject, colonoscopies
+    local flags="--size 64 --ch-mult 1,2,2,2 --attention 16 --lr 1e-3 --triplet-part 0.125"
+    train knee-64 --data data/knee $flags --steps $((9 * steps / 4))
+    ship runs/knee-64 data/knee.pt
     frames
-    train colon --data data/colon --size 64 --ch-mult 1,2,2,2 --attention 16 --lr 1e-3 --triplet-part 0.125 \
-        --steps $((5 * steps / 2))
-    python odm.py grade data/colon-test --checkpoint runs/colon --out grades-colon.csv
+    train colon-64 --data data/colon $flags --steps $((5 * steps / 2))
+    for name in knee colon; do
+        python odm.py grade "data/$name-test" --checkpoint "runs/$name-64" --out "grades-$name-64.csv"
+    done
 }
 
 pictures() {
     python odm.py sample --checkpoint data/demo.pt --class 0:3:0.25 --each 5 --out samples/series
     cp samples/series/series.gif data/series.gif
     python data/severity.py data/demo.pt --picture data/moved.png
+    pick data/knee-test 8 samples/knee-8 64
+    python odm.py sample --image samples/knee-8 --checkpoint data/knee.pt --out samples/knee-moved
+    cp samples/knee-moved/sheet.png data/knee.png
 }
 
 for part in "${@:?name parts: drawings knees colon pictures}"; do
