@@ -82,9 +82,9 @@ large() { # 64x64, the paper's size: radiographs, and its own subject, colonosco
     ship runs/knee-64 data/knee.pt
     frames
     train colon-64 --data data/colon $flags --steps $((5 * steps / 2))
-    for name in knee colon; do
-        python odm.py grade "data/$name-test" --checkpoint "runs/$name-64" --out "grades-$name-64.csv"
-    done
+    pick data/knee-test 200 data/knee-200 64
+    python odm.py grade data/knee-200 --checkpoint runs/knee-64 --out grades-knee-64.csv
+    python odm.py grade data/colon-test --checkpoint runs/colon-64 --out grades-colon-64.csv
 }
 
 pictures() {
@@ -96,6 +96,6 @@ pictures() {
     cp samples/knee-moved/sheet.png data/knee.png
 }
 
-for part in "${@:?name parts: drawings knees colon pictures}"; do
+for part in "${@:?name parts: drawings knees large pictures}"; do
     "$part"
 done
