@@ -50,7 +50,7 @@ knees() { # the paper's Table 1, on radiographs
             python odm.py grade data/knee-400 --checkpoint "runs/$name" --out "grades-$name.csv"
         done
     done
-    score data/knee-test samples/knee-*-* --plot data/bars.png
+    score data/knee-test samples/knee-*-0 --plot data/bars.png
     score data/knee-test samples/knee-* --trained-on samples/knee-real --json knees.json
 }
 
