@@ -84,6 +84,10 @@ large() { # 64x64, the paper's size: radiographs, and its own subject, colonosco
     train colon-64 --data data/colon $flags --steps $((5 * steps / 2))
     pick data/knee-test 200 data/knee-200 64
     python odm.py grade data/knee-200 --checkpoint runs/knee-64 --out grades-knee-64.csv
+    pick data/knee-test 8 data/knee-8 64
+    python odm.py sample --image data/knee-8 --checkpoint data/knee.pt --out samples/knee-64-moved
+    python odm.py sample --checkpoint data/knee.pt -n 100 --out samples/knee-64
+    score data/knee-test samples/knee-64 --trained-on data/knee --dims 192
     python odm.py grade data/colon-test --checkpoint runs/colon-64 --out grades-colon-64.csv
 }
 
@@ -91,9 +95,8 @@ pictures() {
     python odm.py sample --checkpoint data/demo.pt --class 0:3:0.25 --each 5 --out samples/series
     cp samples/series/series.gif data/series.gif
     python data/severity.py data/demo.pt --picture data/moved.png
-    pick data/knee-test 8 samples/knee-8 64
-    python odm.py sample --image samples/knee-8 --checkpoint data/knee.pt --out samples/knee-moved
-    cp samples/knee-moved/sheet.png data/knee.png
+    python odm.py sample --checkpoint data/knee.pt --class 0:4:1 --each 3 --out samples/knee-sheet
+    cp samples/knee-sheet/sheet.png data/knee.png
 }
 
 for part in "${@:?name parts: drawings knees large pictures}"; do
