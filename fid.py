@@ -379,8 +379,6 @@ def evaluate(args: argparse.Namespace) -> dict:
         raise odm.UserError(f"generated images have sides of {listed} pixels: give the real ones' --size")
     reading = dict(size=args.size or sizes.pop(), crop=args.crop)
     network = load_weights(args.dims, args.weights)
-    real = features(odm.read_squares(real_paths, **reading), network, args.batch, "real")
-    real_labels = torch.tensor(real_labels)
     settings = vars(args) | {"size": reading["size"], "classes": classes}
     result = {"settings": settings, "rows": [], "classifier": [], "neighbours": []}
     fits, found = {}, []
@@ -388,9 +386,13 @@ def evaluate(args: argparse.Namespace) -> dict:
         seen_paths, seen_labels, names, _ = odm.find_images(args.trained_on, args.order, args.columns)
         if names != classes:
             raise odm.UserError(f"--trained-on {args.trained_on}: classes {names}, but REAL has {classes}")
+        if not set(real_paths).isdisjoint(seen_paths):
+            raise odm.UserError("--trained-on: REAL must be other images, which the generator did not see")
         seen, seen_labels = odm.read_squares(seen_paths, **reading), torch.tensor(seen_labels)
         known = features(seen, network, args.batch, "trained on")
         fits[args.trained_on] = known, seen_labels
+    real = features(odm.read_squares(real_paths, **reading), network, args.batch, "real")
+    real_labels = torch.tensor(real_labels)
     for root, (paths, labels) in listings.items():
         images = (torch.from_numpy(np.array(odm.read_image(path))).permute(2, 0, 1) for path in paths)
         fake, labels = features(images, network, args.batch, root), torch.tensor(labels)
@@ -500,8 +502,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise odm.UserError(f"{file}: must be a file in a folder that exists")
         if args.neighbours and not args.trained_on:
             raise odm.UserError("--neighbours shows images of --trained-on DIR: give that too")
-        if args.trained_on and Path(args.trained_on).resolve() == Path(args.real).resolve():
-            raise odm.UserError("--trained-on: REAL must be other images, which the generator did not see")
         warnings.filterwarnings("ignore", module="torch")  # its words on odd files are in the error
         torch.set_float32_matmul_precision("highest")  # with less, as some machines set it, distances are off
         with contextlib.redirect_stdout(sys.stderr):  # odm.py says what it reads

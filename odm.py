@@ -1028,13 +1028,14 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         changes.update(guidance=1.0, eta=0.0)
     network = load_network(checkpoint, device, batch, **changes)
     config, classes, device = network.config, network.classes, network.device
-    wanted, series = parse_severities(severity, classes), ":" in severity
+    wanted, rising = parse_severities(severity, classes), ":" in severity
+    series = rising and not image  # one noise a row
     out = Path(out or f"samples/{network.name}" + ("-moved" if image else "-series" * series))
     settings = dict(checkpoint=sha256(network.file.read_bytes()), seed=seed, series=series, eta=config.eta,
                     guidance=config.guidance, sample_steps=config.sample_steps)
     if image:
         files, _, images = given_images([image], network)
-        settings.update(series=False, at=at, images=sha256(images.numpy().tobytes()))
+        settings.update(at=at, images=sha256(images.numpy().tobytes()))
         folder = Path(image).resolve()
         titles = [Path("-".join(file.relative_to(folder).parts) or file.name).stem for file in files]
         if len(set(titles)) < len(titles):
@@ -1072,8 +1073,10 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         if not all(file.exists() for file, _, _ in some):
             files, positions, index = zip(*(some + some[-1:] * batch)[:batch])
             keys = [(seed, i) if series else (seed, i, round(p, 6)) for i, p in zip(index, positions)]
-            distinct, which = torch.tensor(index).unique(return_inverse=True)
-            given = (images[distinct], own[distinct], which) if image else None
+            given = None
+            if image:
+                distinct, which = torch.tensor(index).unique(return_inverse=True)
+                given = images[distinct], own[distinct], which
             drawn = draw_images(net, positions, keys, config, device, given)
             new = [(to_picture(x), file) for x, file in zip(drawn, files[: len(some)]) if not file.exists()]
             with ThreadPoolExecutor() as pool:
@@ -1087,7 +1090,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
                 shown = titles[:: math.ceil(count / most)] if image else titles[: min(count, most)]
                 files = [out / name / f"{title}.png" for title in shown]
                 columns.append((name, [read_square(file, config.size) for file in files]))
-        if series:
+        if rising:
             save_series(columns, out / "series.gif")
         if image:
             columns.insert(0, ("given", images[:: math.ceil(len(images) / most)]))

@@ -841,8 +841,10 @@ def test_sample_folders_and_sheet(run, tmp_path, monkeypatch):
     assert [len(list((out / f"Mayo {g}").glob("*.png"))) for g in range(4)] == [9, 5, 3, 3]  # as in training
     before = {p: p.read_bytes() for p in out.rglob("0*.png")}
     (out / "Mayo 1" / "00002.png").unlink()
+    times = {p: p.stat().st_mtime_ns for p in out.rglob("0*.png")}
     odm.sample(run, n=20)
     assert {p: p.read_bytes() for p in out.rglob("0*.png")} == before
+    assert {p: p.stat().st_mtime_ns for p in times} == times  # what is there is not even written again
     with pytest.raises(odm.UserError, match="settings"):
         odm.sample(run, n=20, seed=1)
     series = odm.sample(run, "0:3:0.5", each=2)
@@ -916,6 +918,21 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
     }.items():
         assert expected in error_of(capsys, odm.main, *argv), expected
     lock.close()
+
+
+def test_a_process_that_is_not_the_first_tells_of_its_own_memory_alone(monkeypatch, capsys):
+    monkeypatch.setattr(odm, "LOCAL_RANK", 1)
+    for error, told in ((odm.UserError("the same everywhere"), ""), (MemoryError(), "out of memory")):
+        monkeypatch.setattr(odm, "train", lambda config: (_ for _ in ()).throw(error))
+        assert odm.main(["train"]) == 2
+        said = capsys.readouterr().err
+        assert told in said and bool(said) == bool(told)
+
+
+def test_a_row_of_metrics_names_its_step_to_the_last_digit(tmp_path):
+    log = odm.Log(tmp_path / "metrics.csv", 0)
+    log.pending.append((12_345_678, torch.ones(4), ()))
+    assert log.read()[-1] == "12345678,1,1,1,1,,"
 
 
 class Bomb:

@@ -50,8 +50,8 @@ knees() { # the paper's Table 1, on radiographs
             python odm.py grade data/knee-400 --checkpoint "runs/$name" --out "grades-$name.csv"
         done
     done
-    score data/knee-test samples/knee-*-0 --plot data/bars.png
-    score data/knee-test samples/knee-* --trained-on samples/knee-real --json knees.json
+    score data/knee-test samples/knee-dm-0 samples/knee-odm-0 --plot data/bars.png
+    score data/knee-test samples/knee-{real,dm-*,odm-*} --trained-on samples/knee-real --json knees.json
 }
 
 frames() { # data/hyperkvasir-uc without the display's overlay: data/colon, and every tenth, data/colon-test
