@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The commands behind data/RESULTS.md and the pictures, in parts, each of which goes on where it was stopped:
-#     bash data/experiments.sh drawings knees large pictures
+#     bash data/experiments.sh drawings rivals rare knees large pictures
 # STEPS=4 EACH=4 N=40 SEEDS=0 tries a part quickly. data/README.md says where the real images come from.
 # OMP_NUM_THREADS=1 keeps a part to one core.
 set -euo pipefail
@@ -37,6 +37,47 @@ drawings() { # severities drawn, read and moved, where they are known
     python data/severity.py runs/demo-dm-* --each "$each"
     python data/severity.py runs/demo-odm-* --each "$each"
     python data/severity.py data/demo.pt --each "$each"
+}
+
+rivals() { # on the drawings: Eq. 8 as printed, and the severity fed as one number in place of the loss
+    python data/demo.py
+    mkdir -p number
+    patch -o number/odm.py odm.py data/number.patch
+    for seed in $seeds; do
+        train "demo-printed-$seed" --data data/demo --steps "$steps" --seed "$seed" \
+            --triplets images --distance squared --ordinal 3072
+        python number/odm.py train --preset small --out "runs/demo-number-$seed" --data data/demo \
+            --steps "$steps" --seed "$seed" --ordinal 0
+    done
+    python data/severity.py runs/demo-printed-* --each "$each"
+    PYTHONPATH=number python data/severity.py runs/demo-number-* --each "$each"
+}
+
+rare() { # how many drawings of Mayo 3 are enough, and Mayo 2 left out
+    grades rare-20 596 298 122 20
+    grades rare-300 596 298 122 300
+    grades without-2 596 298 0 84
+    for name in rare-20 without-2 rare-300; do
+        for seed in $seeds; do
+            train "$name-dm-$seed" --data "data/$name" --steps "$steps" --seed "$seed" --ordinal 0
+            train "$name-odm-$seed" --data "data/$name" --steps "$steps" --seed "$seed"
+        done
+        python data/severity.py runs/$name-* --each "$each"
+    done
+}
+
+grades() { # NAME COUNTS...: data/NAME, the embedded set with so many drawings of each grade
+    python - "$@" <<'END'
+import sys
+from pathlib import Path
+from PIL import Image
+sys.path.append("data")
+import demo, odm
+for grade, count in enumerate(map(int, sys.argv[2:])):
+    for i in range(count):
+        frame = Image.fromarray(demo.draw(*demo.scene(0, grade, i)))
+        odm.save_picture(frame, Path("data", sys.argv[1], f"Mayo {grade}", f"{i:04d}.png"))
+END
 }
 
 knees() { # the paper's Table 1, on radiographs
@@ -99,6 +140,6 @@ pictures() {
     cp samples/knee-sheet/sheet.png data/knee.png
 }
 
-for part in "${@:?name parts: drawings knees large pictures}"; do
+for part in "${@:?name parts: drawings rivals rare knees large pictures}"; do
     "$part"
 done
