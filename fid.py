@@ -341,8 +341,7 @@ def list_generated(root: str, classes: list[str]) -> tuple[list[Path], list[int]
     top = Path(root).resolve()
     if not top.is_dir():
         raise odm.UserError(f"{root}: no such folder")
-    own = (top / "sheet.png", top / "series.gif")  # odm.py's pictures of samples
-    paths = [path for path in odm.list_images(top) if path not in own]
+    paths = odm.list_images(top)
     if not paths:
         raise odm.UserError(f"{root}: no images in it")
     if all(path.parent == top for path in paths):

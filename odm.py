@@ -596,6 +596,8 @@ def list_images(root: str | Path) -> list[Path]:
             continue
         seen.add(real)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        if "sample.json" in files:  # a folder of samples: these show images that lie below
+            files = set(files) - {"sheet.png", "series.gif"}
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
 

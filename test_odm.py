@@ -432,6 +432,8 @@ def test_moved_drawings_are_near_their_truth(fresh, tmp_path):
         assert np.mean(moved) < 0.85 * np.mean(unmoved), target
     with Image.open(out / "series.gif") as series:
         assert series.n_frames == 4  # 0, 1, 2, 1
+    (tmp_path / "truth.png").unlink()
+    assert len(odm.list_images(out)) == 3 * 4  # without the series and the sheet
 
 
 def test_an_image_drawn_at_its_own_severity_comes_back(fresh, tmp_path):
@@ -1281,6 +1283,7 @@ def folders(tmp_path_factory):
     write_images(root, {"odm": 2, "odm/1.5": 3}, (16, 16))  # no classes of REAL
     write_images(root / "between", {"0.5": 4, "1.5": 4}, (16, 16))
     write_images(root / "wide", {"Mayo 0": 4}, (24, 16))
+    (root / "dm" / "sample.json").write_text("{}")
     (root / "dm" / "sheet.png").write_bytes((root / "odm" / "1.5" / "1.5_0.png").read_bytes())
     seen = root / "seen" / "Mayo 2" / "Mayo2_1.png"
     (root / "odm" / "Mayo 0" / "Mayo0_0.png").write_bytes(seen.read_bytes())  # a copy
