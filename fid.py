@@ -341,7 +341,7 @@ def list_generated(root: str, classes: list[str]) -> tuple[list[Path], list[int]
     top = Path(root).resolve()
     if not top.is_dir():
         raise odm.UserError(f"{root}: no such folder")
-    paths = odm.list_images(top)
+    paths = odm.list_files(top)
     if not paths:
         raise odm.UserError(f"{root}: no images in it")
     if all(path.parent == top for path in paths):

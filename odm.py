@@ -97,7 +97,7 @@ class Config:
     warmup: int = setting(5000, "steps of linear warm-up (Ho et al.)", 0)
     decay: float = setting(0.0, "part of --steps, at its end, in which lr falls to 0 (ours)", 0.0, 1.0)
     ema: float = setting(0.9999, "decay of the averaged weights that sampling uses (Ho et al.)", 0.0, 1.0)
-    seed: int = setting(0, "step i's images and noise depend on (seed, i, process) alone", 0, 2**63 - 1)
+    seed: int = setting(0, "step i's images and noise depend on (seed, i, process) alone", 0, 2**31 - 1)
     # sampling, for the sheets drawn while training and as the default of `sample`
     sample_steps: int = setting(100, "DDIM steps (paper)", 1, may_change=True)
     guidance: float = setting(2.0, "s of classifier-free guidance (paper); 1: none", 0.0, may_change=True)
@@ -259,7 +259,7 @@ def draw_batch(labels: Tensor, severities: Sequence[float], config: Config, B: i
     triplets = torch.cat([torch.arange(G)[:, None], torch.arange(B, B + 2 * G).view(G, 2)], dim=1)
     triplets = triplets.gather(1, label[triplets].argsort(1))  # p < q < r
     p, q, r = torch.tensor(severities)[label[triplets]].unbind(1)
-    label[:B][null] = C
+    label[:B][null] = C  # only now: the order above is that of the true classes
     weight = (1 - null[:G].float()) / (1 - config.class_dropout)
     root = torch.cat([torch.arange(B), partner_root])
     return Batch(torch.cat([image, partner]), label, root, t, flip, triplets, weight, share=(q - p) / (r - p))
@@ -281,8 +281,8 @@ def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_ba
     dm = dm_loss(eps, eps_hat[: len(eps)]).mean()
     if not len(batch.triplets):
         return dm, dm, torch.zeros_like(dm)
-    p, q, r = eps_hat[batch.triplets].unbind(1)
-    lambda_t = t[batch.triplets[:, 0]] / config.timesteps
+    p, q, r = eps_hat[batch.triplets].unbind(1)  # (G, 3, H, W) each
+    lambda_t = batch.t[: len(batch.triplets)] / config.timesteps  # the root of triplet g is image g
     share = batch.share if config.spacing else None
     ordinal = (batch.weight * lambda_t * ordinal_loss(p, q, r, config.distance, share)).mean()
     return dm + config.ordinal * ordinal, dm, ordinal
@@ -586,7 +586,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 NUMBER = r"\d+(?:\.\d+)?"
 
 
-def list_images(root: str | Path) -> list[Path]:
+def list_files(root: str | Path, suffixes: set[str] = SUFFIXES) -> list[Path]:
     """Image files anywhere below root, sorted, those in linked folders too; hidden ones are passed over."""
     root, found, seen = Path(root).resolve(), [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -599,7 +599,7 @@ def list_images(root: str | Path) -> list[Path]:
         if "sample.json" in files:  # a folder of samples: these show images that lie below
             files = set(files) - {"sheet.png", "series.gif"}
         found += [Path(folder, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in found if path.suffix.lower() in suffixes)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -649,15 +649,20 @@ def classes_from_csv(root: Path, paths: Sequence[Path], columns: str) -> dict[Pa
 
     An ID is a file's name or its path from root, with the suffix or without.
     """
+    if columns and columns.count(",") != 1:
+        raise UserError(f"--columns {columns}: name two, as ID,GRADE")
     pairs = [re.split(r"\s*,\s*", columns)] if columns else [("image", "level"), ("id_code", "diagnosis")]
     grade_of = {}
-    for file in sorted(root.rglob("*.csv")):
-        with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
-            for row in csv.DictReader(stream):
-                for id_column, grade_column in pairs:
-                    id, grade = row.get(id_column), row.get(grade_column)
-                    if id and grade and grade_of.setdefault(id, grade) != grade:
-                        raise UserError(f"{file}: gives {id} a second grade; remove one of the two")
+    for file in list_files(root, {".csv"}):
+        try:
+            with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
+                rows = list(csv.DictReader(stream))
+        except csv.Error as error:
+            raise UserError(f"{file}: not readable as a CSV ({error}); repair or remove it") from None
+        for row, (id_column, grade_column) in itertools.product(rows, pairs):
+            id, grade = row.get(id_column), row.get(grade_column)
+            if id and grade and grade_of.setdefault(id, grade) != grade:
+                raise UserError(f"{file}: gives {id} a second grade; remove one of the two")
     found = {}
     for path in paths:
         place = str(path.relative_to(root))
@@ -709,7 +714,7 @@ def find_images(root: str | Path, order: str = "", columns: str = ""):
     if not Path(root).is_dir():
         raise UserError(f"{root}: no such folder (data/README.md says how to get the data sets)")
     root = Path(root).resolve()
-    paths = list_images(root)
+    paths = list_files(root)
     if not paths:
         raise UserError(f"{root}: no images in it ({', '.join(sorted(SUFFIXES))})")
     ordered = re.split(r"\s*,\s*", order) if order else []
@@ -948,7 +953,8 @@ def sheet_of(columns: Sequence[tuple[str, Sequence[Tensor]]]) -> Image.Image:
 
 def save_series(columns: Sequence[tuple[str, Sequence[Tensor]]], file: Path) -> None:
     """Columns of rising severity as a moving picture: their rows side by side, up and down again."""
-    frames = [sheet_of([(title if x == 0 else "", [picture]) for x, picture in enumerate(pictures)])
+    rows = min(len(pictures) for _, pictures in columns)
+    frames = [sheet_of([(title if x == 0 else "", [picture]) for x, picture in enumerate(pictures[:rows])])
               for title, pictures in columns]
     frames += frames[-2:0:-1]
     options = dict(format="GIF", save_all=True, append_images=frames[1:], duration=150, loop=0)
@@ -1024,8 +1030,8 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         raise UserError("--image, images to move: goes without -n, --each, --guidance and --eta")
     if at and not image:
         raise UserError("--at is the severity of given images: name them with --image")
-    if min(n, each, batch) < 0 or (n and each):
-        raise UserError("-n, --each, --batch: 0 or more, and only one of -n and --each")
+    if n and each:
+        raise UserError("-n, --each: only one of the two")
     if image:
         changes.update(guidance=1.0, eta=0.0)
     network = load_network(checkpoint, device, batch, **changes)
@@ -1127,7 +1133,7 @@ def given_images(paths: Sequence[str | Path], network: Network) -> tuple[list[Pa
     """
     files, own, config, names = [], [], network.config, network.classes.names
     for path in (Path(path).resolve() for path in paths):
-        found = list_images(path) if path.is_dir() else [path]
+        found = list_files(path) if path.is_dir() else [path]
         if not found:
             raise UserError(f"{path}: no images in it")
         class_of = classes_from_folders(Path(path.anchor), found, names)
@@ -1166,6 +1172,8 @@ def grade(images: Sequence[str | Path], checkpoint: str | Path = "", out: str | 
         network = load_network(checkpoint, device, batch)
         files, given, pixels = given_images(images, network)
         positions = read_positions(pixels, network, seed)
+    if RANK > 0:  # one process writes
+        return
     names, scale = network.classes.names, torch.tensor(network.classes.severities)
     severities = torch.tensor(np.interp(positions, range(len(names)), scale))
     nearest = (positions + 0.5).long()
@@ -1201,7 +1209,7 @@ def start(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if name == "cuda" and here > torch.cuda.device_count():
+    if name == "cuda" and here > max(1, torch.cuda.device_count()):
         raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs for {here} processes; start fewer")
     try:
         device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
@@ -1322,7 +1330,6 @@ def check_config(config: Config) -> None:
         (alpha_bars(config)[-1] < 1e-30, f"--beta-T {config.beta_T}: leaves nothing of the image; lower it"),
         (config.sample_steps > config.timesteps, "--sample-steps: must be at most --timesteps"),
         (config.spacing and config.distance == "squared", "--spacing: its shares are of Euclidean distances"),
-        (config.columns and config.columns.count(",") != 1, "--columns: name two, as ID,GRADE"),
     ):
         if wrong:
             raise UserError(message)
@@ -1451,11 +1458,17 @@ def ints(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if text)
 
 
+def whole(text: str) -> int:
+    if not 0 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to {2**31 - 1}")
+    return int(text)
+
+
 def add_flag(command: Parser, name: str, default, text: str, choices: Sequence[str] = ()) -> None:
     if isinstance(default, bool):
         command.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
     else:
-        kind = ints if isinstance(default, tuple) else type(default)
+        kind = {tuple: ints, int: whole}.get(type(default), type(default))
         command.add_argument(flag(name), dest=name, type=kind, help=text, choices=choices or None)
 
 

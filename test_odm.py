@@ -433,7 +433,7 @@ def test_moved_drawings_are_near_their_truth(fresh, tmp_path):
     with Image.open(out / "series.gif") as series:
         assert series.n_frames == 4  # 0, 1, 2, 1
     (tmp_path / "truth.png").unlink()
-    assert len(odm.list_images(out)) == 3 * 4  # without the series and the sheet
+    assert len(odm.list_files(out)) == 3 * 4  # without the series and the sheet
 
 
 def test_an_image_drawn_at_its_own_severity_comes_back(fresh, tmp_path):
@@ -895,6 +895,8 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
     (tmp_path / "empty").mkdir()
     broken = write_images(tmp_path / "broken", {"0": 1, "1": 1, "2": 1})
     (broken / "1" / "1_0.png").write_bytes((broken / "1" / "1_0.png").read_bytes()[:60])
+    damaged = write_images(tmp_path / "damaged", {"0": 1, "1": 1, "2": 1})
+    (damaged / "damaged.csv").write_text('image,level\n"' + 200_000 * "x")  # a quote that never ends
     lock = odm.lock_folder(tmp_path / "busy")
     train, sample = train_flags(data=graded, out="x"), ["sample", "--checkpoint", run]
     move = [*sample, "--image", graded]
@@ -917,6 +919,10 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
         "name them with --image": [*sample, "--at", "1"],
         "absent.png": ["grade", "absent.png", "--checkpoint", run],
         "no images in it": ["grade", "empty", "--checkpoint", run],
+        "--batch: -1: must be from 0": ["grade", graded, "--batch", "-1"],
+        "--seed: 9999999999: must be from 0": ["grade", graded, "--seed", "9999999999"],
+        "--columns score: name two": [*train, "--columns", "score"],
+        "damaged.csv: not readable as a CSV": [*train, "--data", "damaged"],
     }.items():
         assert expected in error_of(capsys, odm.main, *argv), expected
     lock.close()
