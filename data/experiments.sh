@@ -92,7 +92,8 @@ knees() { # the paper's Table 1, on radiographs
         done
     done
     score data/knee-test samples/knee-dm-0 samples/knee-odm-0 --plot data/bars.png
-    score data/knee-test samples/knee-{real,dm-*,odm-*} --trained-on samples/knee-real --json knees.json
+    score data/knee samples/knee-{dm-*,odm-*}
+    score data/knee-test samples/knee-{real,dm-*,odm-*} --trained-on data/knee --json knees.json
 }
 
 frames() { # data/hyperkvasir-uc without the display's overlay: data/colon, and every tenth, data/colon-test
