@@ -226,7 +226,7 @@ class Batch:
     t: Tensor  # (B,) timesteps 1..T
     flip: Tensor  # (B,) mirrored or not
     triplets: Tensor  # (G, 3) rows in ascending severity; G = 0 for the plain diffusion model
-    weight: Tensor  # (G,) 0 where the root drew the null class, which has no place in the order; 1 on average
+    weight: Tensor  # (G,) 0 where the root drew the null class, which has no order; else 1 / (1 - class_dropout)
     share: Tensor  # (G,) (q-p)/(r-p) of the severities, for --spacing
 
     def to(self, device: torch.device) -> Batch:
@@ -845,8 +845,7 @@ def train(config: Config) -> Path:
             if RANK == 0:
                 measuring = step % config.log_every == 0 or step == config.steps
                 log.pending.append((step, losses, measure_line(ema, images, alpha_bar) if measuring else ()))
-                if progress.due(step):
-                    progress.show(step, log.means(config.log_every))
+                progress.show(step, lambda: log.means(config.log_every))
                 if step % config.save_every == 0 or step == config.steps or stopping:
                     write_text(log.path, "\n".join(log.read()) + "\n")  # raises where a loss is not finite
                     state = dict(config=asdict(config), classes=asdict(classes), step=step)
@@ -906,9 +905,7 @@ def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple
     rngs = [torch.Generator().manual_seed(seed_of("sample", *key)) for key in keys]
     alpha_bar = alpha_bars(config)
     times = torch.linspace(config.timesteps, 0, config.sample_steps + 1).round().long().tolist()
-
-    def eps_at(position):
-        return lambda x_t, t: guided_eps(model, x_t, t, position, config.guidance)
+    guided = partial(guided_eps, model, scale=config.guidance)
 
     def noise(x=None):
         drawn = [torch.randn(3, config.size, config.size, generator=rng) for rng in rngs]
@@ -916,10 +913,11 @@ def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple
 
     if given:
         images, own, which = given
-        x_T = ddim(eps_at(own), to_unit(images).to(device), alpha_bar, times[::-1], clip=False)[which]
+        x_0 = to_unit(images).to(device)
+        x_T = ddim(partial(guided, position=own), x_0, alpha_bar, times[::-1], clip=False)[which]
     else:
         x_T = noise()
-    eps_fn = eps_at(torch.tensor(position))
+    eps_fn = partial(guided, position=torch.tensor(position))
     return to_uint8(ddim(eps_fn, x_T, alpha_bar, times, config.eta, clip=not given, noise=noise)).cpu()
 
 
@@ -1293,15 +1291,13 @@ class Progress:
     def __init__(self, total: int, unit: str, done: int = 0):
         self.total, self.unit, self.first, self.begun, self.next = total, unit, done, time.monotonic(), 0.0
 
-    def due(self, done: int) -> bool:
-        return done == self.total or time.monotonic() > self.next
-
-    def show(self, done: int, text: str = "") -> None:
-        if self.due(done):
+    def show(self, done: int, text: Callable = str) -> None:
+        """text(): what else to say, asked for only when it is time."""
+        if done == self.total or time.monotonic() > self.next:
             seconds = time.monotonic() - self.begun
             self.next = time.monotonic() + min(3 + seconds / 10, 60)
             left = timedelta(seconds=round((self.total - done) * seconds / (done - self.first)))
-            say(f"{done:,}/{self.total:,} {self.unit}{text}  {left} left")  # as 2 days, 3:04:05
+            say(f"{done:,}/{self.total:,} {self.unit}{text()}  {left} left")  # as 2 days, 3:04:05
 
 
 # ------------------------------------------------------------------ checkpoints and other files
