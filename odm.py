@@ -226,7 +226,7 @@ class Batch:
     t: Tensor  # (B,) timesteps 1..T
     flip: Tensor  # (B,) mirrored or not
     triplets: Tensor  # (G, 3) rows in ascending severity; G = 0 for the plain diffusion model
-    weight: Tensor  # (G,) 0 where the root drew the null class, without an order; else 1 / (1 - class_dropout)
+    weight: Tensor  # (G,) 0 where the root drew the null class, else 1 / (1 - class_dropout)
     share: Tensor  # (G,) (q-p)/(r-p) of the severities, for --spacing
 
     def to(self, device: torch.device) -> Batch:
