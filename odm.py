@@ -97,7 +97,7 @@ class Config:
     warmup: int = setting(5000, "steps of linear warm-up (Ho et al.)", 0)
     decay: float = setting(0.0, "part of --steps, at its end, in which lr falls to 0 (ours)", 0.0, 1.0)
     ema: float = setting(0.9999, "decay of the averaged weights that sampling uses (Ho et al.)", 0.0, 1.0)
-    seed: int = setting(0, "step i's images and noise depend on (seed, i, process) alone", 0, 2**31 - 1)
+    seed: int = setting(0, "step i's images and noise depend on (seed, i, process) alone", 0, 2**63 - 1)
     # sampling, for the sheets drawn while training and as the default of `sample`
     sample_steps: int = setting(100, "DDIM steps (paper)", 1, may_change=True)
     guidance: float = setting(2.0, "s of classifier-free guidance (paper); 1: none", 0.0, may_change=True)
@@ -587,7 +587,7 @@ NUMBER = r"\d+(?:\.\d+)?"
 
 
 def list_files(root: str | Path, suffixes: set[str] = SUFFIXES) -> list[Path]:
-    """Image files anywhere below root, sorted, those in linked folders too; hidden ones are passed over."""
+    """Files (images) below root, sorted, those in linked folders too; hidden ones are passed over."""
     root, found, seen = Path(root).resolve(), [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = Path(folder).resolve()
@@ -1028,6 +1028,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         raise UserError("--image, images to move: goes without -n, --each, --guidance and --eta")
     if at and not image:
         raise UserError("--at is the severity of given images: name them with --image")
+    check_numbers(n=n, each=each, batch=batch, seed=seed)
     if n and each:
         raise UserError("-n, --each: only one of the two")
     if image:
@@ -1166,6 +1167,7 @@ def grade(images: Sequence[str | Path], checkpoint: str | Path = "", out: str | 
     It goes to `out`, or else to standard output; what else there is to say, to standard error: where all
     images lie under a class (see given_images), a comparison: kappa, mean error, each class's readings.
     """
+    check_numbers(batch=batch, seed=seed)
     with contextlib.redirect_stdout(sys.stderr):
         network = load_network(checkpoint, device, batch)
         files, given, pixels = given_images(images, network)
@@ -1331,6 +1333,13 @@ def check_config(config: Config) -> None:
             raise UserError(message)
 
 
+def check_numbers(**numbers: int) -> None:
+    """Raise UserError on the first argument that is negative, or too large for torch."""
+    for name, value in numbers.items():
+        if not 0 <= value < 2**63:
+            raise UserError(f"{flag(name)} {value}: must be from 0 to {2**63 - 1}")
+
+
 def draw_demo(root: Path) -> None:
     """Draw the embedded data set with data/demo.py, unless it is there."""
     command = [sys.executable, HERE / "data" / "demo.py", "--out", root]
@@ -1454,17 +1463,11 @@ def ints(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if text)
 
 
-def whole(text: str) -> int:
-    if not 0 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to {2**31 - 1}")
-    return int(text)
-
-
 def add_flag(command: Parser, name: str, default, text: str, choices: Sequence[str] = ()) -> None:
     if isinstance(default, bool):
         command.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
     else:
-        kind = {tuple: ints, int: whole}.get(type(default), type(default))
+        kind = ints if isinstance(default, tuple) else type(default)
         command.add_argument(flag(name), dest=name, type=kind, help=text, choices=choices or None)
 
 
