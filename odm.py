@@ -101,7 +101,7 @@ class Config:
     # sampling, for the sheets drawn while training and as the default of `sample`
     sample_steps: int = setting(100, "DDIM steps (paper)", 1, may_change=True)
     guidance: float = setting(2.0, "s of classifier-free guidance (paper); 1: none", 0.0, may_change=True)
-    eta: float = setting(0.0, "0: DDIM (paper); 1: ancestral, whose fresh noise corrects errors of a briefly "
+    eta: float = setting(0.0, "0: DDIM (paper); 1: as Eq. 2, whose fresh noise corrects errors of a briefly "
                          "trained network", 0.0, 1.0, may_change=True)
     # machinery
     log_every: int = setting(100, "steps between measurements of straightness", 1, may_change=True)
@@ -114,7 +114,7 @@ class Config:
                            may_change=True)
 
 
-# Small enough for two cores and a few minutes: 32x32 images, 1.1 M parameters.
+# The small preset, for two cores and a few minutes: 32x32 images, 1.1 M parameters.
 SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(8,), groups=2, dropout=0.0, batch=8,
              steps=1600, lr=2e-3, warmup=100, decay=0.5, ema=0.999, sample_steps=50, guidance=1.0, eta=1.0,
              save_every=200, sheet_every=800)
@@ -164,10 +164,10 @@ def dm_loss(eps: Tensor, eps_hat: Tensor) -> Tensor:
 def noise_distance(a: Tensor, b: Tensor, distance: str = "euclidean") -> Tensor:
     """d of Eq. 6 between noise estimates: (G, ...) and (G, ...) -> (G,).
 
-    `euclidean` is the root mean square of a - b, `squared` its mean square, the norm printed in Eq. 6.
-    Both are means over an image's D entries, as L_DM is, where the paper has sums. With `euclidean` that
-    divides L_DM and L_ordinal by D alike: Eq. 8 keeps its balance, at any image size. With `squared` it
-    divides L_ordinal by D^2: the balance as printed takes --ordinal D (12,288 at 64x64).
+    `euclidean` is the root mean square of a - b, `squared` its mean square, the norm printed in Eq. 6. The
+    paper sums over the D entries of an image, here and in L_DM. To take means divides L_DM by D and, with
+    `euclidean`, L_ordinal too: Eq. 8 keeps its balance, at any image size. With `squared` it divides
+    L_ordinal by D^2: the balance as printed takes --ordinal D (12,288 at 64x64).
     """
     difference = (a.float() - b.float()).flatten(1)
     if distance == "squared":
@@ -183,8 +183,8 @@ def ordinal_loss(p: Tensor, q: Tensor, r: Tensor, distance: str = "euclidean", s
     inequality. With "squared", Eq. 6 as printed, d(p,r) - d(p,q) - d(q,r) is 2 <p-q, q-r>, which is zero
     where the angle at q is a right angle instead.
 
-    share (G,): where q should lie on that line, the part (q-p)/(r-p) of the way by the classes' severities
-    (`--spacing`, the paper's first future work). It fixes alpha = 1 - share in Eq. 7.
+    share (G,): how far along that line, from p to r, q should lie (`--spacing`, the paper's first future
+    work): 1 - alpha of Eq. 7.
     """
     d_pq, d_qr, d_pr = (noise_distance(a, b, distance) for a, b in ((p, q), (q, r), (p, r)))
     if share is None:
@@ -226,7 +226,7 @@ class Batch:
     t: Tensor  # (B,) timesteps 1..T
     flip: Tensor  # (B,) mirrored or not
     triplets: Tensor  # (G, 3) rows in ascending severity; G = 0 for the plain diffusion model
-    weight: Tensor  # (G,) 0 where the root drew the null class, else 1 / (1 - class_dropout)
+    weight: Tensor  # (G,) of mean 1; 0 where the root drew the null class, which has no place in the order
     share: Tensor  # (G,) (q-p)/(r-p) of the severities, for --spacing
 
     def to(self, device: torch.device) -> Batch:
@@ -260,7 +260,7 @@ def draw_batch(labels: Tensor, severities: Sequence[float], config: Config, B: i
     triplets = triplets.gather(1, label[triplets].argsort(1))  # p < q < r
     p, q, r = torch.tensor(severities)[label[triplets]].unbind(1)
     label[:B][null] = C  # only now: the order above is that of the true classes
-    weight = (1 - null[:G].float()) / (1 - config.class_dropout)
+    weight = ~null[:G] / (1 - config.class_dropout)
     root = torch.cat([torch.arange(B), partner_root])
     return Batch(torch.cat([image, partner]), label, root, t, flip, triplets, weight, share=(q - p) / (r - p))
 
@@ -269,7 +269,7 @@ def draw_batch(labels: Tensor, severities: Sequence[float], config: Config, B: i
 
 
 def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_bar: Tensor, config: Config):
-    """Eq. 8, L_total = L_DM + lambda_t L_ordinal, with lambda_t = t / T (times W, config.ordinal).
+    """Eq. 8, L_total = L_DM + lambda_t L_ordinal, with lambda_t = W t / T (W = config.ordinal; paper: 1).
 
     x_0 (R, 3, H, W): the clean images of the rows; eps (B, 3, H, W): the noise of the roots. One forward
     pass serves both losses: L_DM reads the B images under their own labels, L_ordinal the G triplets.
@@ -282,10 +282,10 @@ def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_ba
     if not len(batch.triplets):
         return dm, dm, torch.zeros_like(dm)
     p, q, r = eps_hat[batch.triplets].unbind(1)  # (G, 3, H, W) each
-    lambda_t = batch.t[: len(batch.triplets)] / config.timesteps  # the root of triplet g is image g
+    lambda_t = config.ordinal * t[batch.triplets[:, 0]] / config.timesteps  # a triplet has one t
     share = batch.share if config.spacing else None
     ordinal = (batch.weight * lambda_t * ordinal_loss(p, q, r, config.distance, share)).mean()
-    return dm + config.ordinal * ordinal, dm, ordinal
+    return dm + ordinal, dm, ordinal
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -302,7 +302,7 @@ def training_step(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Adam,
     all_reduce(tensors): their means over the processes, in place, where there are several. Returns (4,):
     L_total, L_DM, lambda_t L_ordinal and the norm of the gradient.
     """
-    x_0 = to_unit(images[batch.image]).to(memory_format=torch.channels_last)
+    x_0 = to_unit(images[batch.image])
     x_0 = torch.where(batch.flip[batch.root].view(-1, 1, 1, 1), x_0.flip(-1), x_0)
     eps = torch.randn(len(batch.t), *x_0.shape[1:], device=x_0.device)
     losses = torch.stack(total_loss(model, x_0, eps, batch, alpha_bar, config))
@@ -327,11 +327,10 @@ def training_step(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Adam,
 def guided_eps(model: Callable, x_t: Tensor, t: Tensor, position: Tensor, scale: float) -> Tensor:
     """The noise estimate at a position, with classifier-free guidance by scale s: (B, 3, H, W).
 
-    position: (B,) float in 0..C-1; 1.5 is 0.5 eps_1 + 0.5 eps_2, on the line of Eq. 7. Keep it on the CPU: it
-    decides which classes are evaluated, and asking a GPU would make each step wait.
-    eps = eps_null + s (eps_c - eps_null) = s eps_c + (1 - s) eps_null; s = 1 is the conditional model, s = 0
-    the unconditional one (Ho & Salimans write w = s - 1). If the classes lie evenly on a line and eps_null at
-    their mean m, that is the estimate of m + s (c - m): s > 1 moves each class away from m.
+    position: (B,) float in 0..C-1; 1.5 is half the estimate of class 1 and half that of class 2, on the line
+    of Eq. 7. Keep it on the CPU: it decides which classes are evaluated; to ask a GPU makes each step wait.
+    It is null + s (class - null) = s class + (1 - s) null, of the estimates of the class and the null class;
+    s = 1 is the conditional model, s = 0 the unconditional one (Ho & Salimans write w = s - 1).
     """
     fraction = position - position.floor()
     lower = position.floor(), scale * (1 - fraction)
@@ -340,17 +339,18 @@ def guided_eps(model: Callable, x_t: Tensor, t: Tensor, position: Tensor, scale:
     terms = [(label, weight) for label, weight in (lower, upper, null) if weight.any()]  # the rest adds 0
     labels = torch.cat([label for label, _ in terms]).long().to(x_t.device)
     weights = torch.stack([weight for _, weight in terms]).to(x_t).view(len(terms), -1, 1, 1, 1)
-    eps = model(x_t.repeat(len(terms), 1, 1, 1), t.repeat(len(terms)), labels).unflatten(0, (len(terms), -1))
-    return (weights * eps).sum(0)
+    eps_hat = model(x_t.repeat(len(terms), 1, 1, 1), t.repeat(len(terms)), labels)
+    return (weights * eps_hat.unflatten(0, (len(terms), -1))).sum(0)
 
 
 def ddim(eps_fn: Callable, x: Tensor, alpha_bar: Tensor, times: Sequence[int], eta: float = 0.0,
          clip: bool = True, noise: Callable = torch.randn_like) -> Tensor:
     """Take x from t = times[0] to t = times[-1] by DDIM (Song et al. 2021, Eq. 12): (B, ...) -> (B, ...).
 
-    Falling times, T ... 0, draw: x_T becomes an image. Rising times, 0 ... T, with eta = 0 and clip = False
-    encode: an image becomes the x_T from which it is drawn again (their Section 4.3). Each step nearly undoes
-    one of drawing: both ask eps_fn(x, t), t (B,) long, at the noisier of their two ends, so never at t = 0.
+    Falling times, T ... 0 (paper: 100 equal steps), draw: noise x_T of N(0, I) becomes an image. Rising
+    times, 0 ... T, with eta = 0 and clip = False encode: an image becomes the x_T from which it is drawn
+    again (their Section 4.3). Each step nearly undoes one of drawing: both ask the estimate eps_fn(x, t),
+    t (B,) long, at the noisier of their two ends, so never at t = 0.
     eta = 0 is deterministic. `clip` keeps the estimate of x_0 in [-1, 1]. noise(x) draws z, where eta > 0.
 
     eta = 1, all T steps, clip = False is Eq. 2 but for two things. Its denominator reads sqrt(1 - alpha_t), a
@@ -361,13 +361,13 @@ def ddim(eps_fn: Callable, x: Tensor, alpha_bar: Tensor, times: Sequence[int], e
         raise ValueError("rising times encode: they take eta = 0 and clip = False")
     for t, u in zip(times[:-1], times[1:]):  # from x_t to x_u, u being the next time
         abar_t, abar_u = alpha_bar[t].item(), alpha_bar[u].item()
-        eps = eps_fn(x, torch.full((len(x),), max(t, u), device=x.device))
-        x_0 = (x - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
+        eps_hat = eps_fn(x, torch.full((len(x),), max(t, u), device=x.device))
+        x_0 = (x - math.sqrt(1 - abar_t) * eps_hat) / math.sqrt(abar_t)
         if clip:
             x_0 = x_0.clamp(-1, 1)
-            eps = (x - math.sqrt(abar_t) * x_0) / math.sqrt(1 - abar_t)
+            eps_hat = (x - math.sqrt(abar_t) * x_0) / math.sqrt(1 - abar_t)
         sigma = eta * math.sqrt((1 - abar_u) / (1 - abar_t) * (1 - abar_t / abar_u)) if eta else 0.0
-        x = math.sqrt(abar_u) * x_0 + math.sqrt(max(1 - abar_u - sigma**2, 0)) * eps
+        x = math.sqrt(abar_u) * x_0 + math.sqrt(max(1 - abar_u - sigma**2, 0)) * eps_hat
         if sigma > 0:
             x = x + sigma * noise(x)
     return x
@@ -375,29 +375,29 @@ def ddim(eps_fn: Callable, x: Tensor, alpha_bar: Tensor, times: Sequence[int], e
 
 @torch.no_grad()
 def read_position(model: Callable, x_0: Tensor, alpha_bar: Tensor, seed: int = 0,
-                  times: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)) -> Tensor:
+                  parts: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)) -> Tensor:
     """The position on the line of Eq. 7 that explains an image best: x_0 (N, 3, H, W) -> (N,) in 0..C-1.
 
-    A diffusion classifier (Li et al. 2023) that knows fractions. Let e_c = eps - eps_theta(x_t, t, c) be the
-    error of class c, and G_cd the mean of e_c e_d over t, eps and entries. The estimate at position k + a,
-    (1-a) eps_k + a eps_{k+1}, errs by (1-a)^2 G_kk + 2a(1-a) G_k,k+1 + a^2 G_k+1,k+1, which is least at
-    a = (G_kk - G_k,k+1) / (G_kk - 2 G_k,k+1 + G_k+1,k+1), kept in [0, 1]. The segment k that errs least wins.
+    A diffusion classifier (Li et al. 2023) that knows fractions. Let e_c = eps - eps_theta(x_t, t, c), and
+    lower, upper and cross the means of e_k^2, e_{k+1}^2 and e_k e_{k+1} over t, eps and entries. The estimate
+    at position k + a, 1 - a parts of class k's and a of the next, errs by (1-a)^2 lower + 2a(1-a) cross +
+    a^2 upper, least at a = (lower - cross) / (lower - 2 cross + upper), kept in [0, 1]. The best k wins.
 
-    times: the t, as parts of T. All images see one eps at each, and its mirror -eps, so that errors that are
+    parts: the t, as parts of T. All images see one eps at each, and its mirror -eps, so that errors that are
     odd in eps cancel. What a t adds is divided by the root of its mean error: undivided, the small t, with
     their large errors, decide; divided by the error itself, as in a likelihood of normal errors, the large t.
     """
     C, N, gram = model.num_classes, len(x_0), 0.0
     rng = torch.Generator().manual_seed(seed)
     x_0, c = x_0.repeat(C, 1, 1, 1), torch.arange(C, device=x_0.device).repeat_interleave(N)
-    for part in times:
+    for part in parts:
         t = torch.full_like(c, max(1, round(part * (len(alpha_bar) - 1))))
         drawn = torch.randn(1, *x_0.shape[1:], generator=rng).to(x_0)
         errors = [eps - model(q_sample(x_0, t, eps, alpha_bar), t, c) for eps in (drawn, -drawn)]
         e = torch.cat(errors, dim=1).view(C, N, -1).transpose(0, 1).cpu().double()  # (N, C, entries of both)
         products = e @ e.mT
         gram = gram + products / products.diagonal(0, 1, 2).mean(1).sqrt()[:, None, None]
-    own, cross = gram.diagonal(0, 1, 2), gram.diagonal(1, 1, 2)  # (N, C): G_cc; (N, C-1): G_c,c+1
+    own, cross = gram.diagonal(0, 1, 2), gram.diagonal(1, 1, 2)  # (N, C): of e_c^2; (N, C-1): of e_c e_{c+1}
     lower, upper = own[:, :-1], own[:, 1:]
     a = ((lower - cross) / (lower - 2 * cross + upper)).nan_to_num(0).clamp(0, 1)  # 0 where the two coincide
     k = ((1 - a) ** 2 * lower + 2 * a * (1 - a) * cross + a**2 * upper).argmin(1, keepdim=True)
@@ -406,7 +406,7 @@ def read_position(model: Callable, x_0: Tensor, alpha_bar: Tensor, seed: int = 0
 
 # ----------------------------- U-Net of Ho et al. (2020), as published, with a class embedding
 
-NEARLY_ZERO = 1e-5  # gain of the last layer, and of each residual branch's (Ho et al.: variance scale 1e-10)
+NEARLY_ZERO = 1e-5  # gain of the last layer of the network and of each branch (Ho et al.: variance 1e-10)
 
 
 def glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:
@@ -421,7 +421,7 @@ def conv(c_in: int, c_out: int, kernel: int = 3, gain: float = 1.0) -> nn.Module
 
 
 def in_branch(x: Tensor, config: Config):
-    """bfloat16, where asked for, inside the residual branches alone: the trunk stays float32.
+    """bfloat16, where build() chose it, inside the residual branches alone: the trunk stays float32.
 
     bfloat16 rounds estimates of size 1 by 0.003, and the ordinal loss reads differences of 0.002 to 0.02
     between them. Inside a branch it rounds relative to what the branch adds, not to the sum.
@@ -438,8 +438,8 @@ def time_embedding(t: Tensor, ch: int) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose mask belongs to a root: the estimates of a triplet then differ by the class alone, not by
-    the noise of three masks, which no loss could put on a line."""
+    """Dropout whose mask belongs to a root: with three masks, the estimates of a triplet would differ by a
+    noise that no loss could put on a line."""
 
     def forward(self, h: Tensor, root: Tensor | None = None) -> Tensor:
         if root is None or not self.training or self.p == 0:
