@@ -998,16 +998,15 @@ def load_network(checkpoint: str | Path, device: str, batch: int = 0, **changes)
     """The averaged network of a checkpoint or a run's folder [the newest in runs/, else data/demo.pt]."""
     device = start(device)
     runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    path = checkpoint_file(checkpoint or [HERE / "data" / "demo.pt", *runs][-1])
-    with checkpoint_at(path) as state:
-        config, classes = replace(state["config"], **changes), state["classes"]
+    with checkpoint_at(checkpoint or [HERE / "data" / "demo.pt", *runs][-1]) as state:
+        file, config, classes = state["file"], replace(state["config"], **changes), state["classes"]
         check_config(config)
         model = build(config, len(classes.names), device).eval()
         model.load_state_dict(state["ema"])
-        say(f"{path}: step {state['step']:,}, classes {', '.join(classes.names)}")
+        say(f"{file}: step {state['step']:,}, classes {', '.join(classes.names)}")
     batch = batch or (16 if device.type == "cpu" else 128)
-    run = path.parent.name if path.name == "checkpoint.pt" else f"{path.parent.name}-{path.stem}"
-    return Network(model, config, classes, device, batch, f"{run}-{state['step']}", path)
+    run = file.parent.name if file.name == "checkpoint.pt" else f"{file.parent.name}-{file.stem}"
+    return Network(model, config, classes, device, batch, f"{run}-{state['step']}", file)
 
 
 def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0,
@@ -1379,24 +1378,22 @@ def save_picture(picture: Image.Image, file: Path) -> None:
     write_file(file, partial(picture.save, format="PNG"))
 
 
-def checkpoint_file(path: str | Path) -> Path:
-    """A checkpoint's file, given that or its run's folder."""
-    path = Path(path).resolve()
-    return path / "checkpoint.pt" if path.is_dir() else path
-
-
 @contextlib.contextmanager
 def checkpoint_at(path: str | Path):
-    """{config: Config, classes: Classes, step, ema, [model, optimizer]} of a checkpoint; no code in it runs.
+    """{file, config: Config, classes: Classes, step, ema, [model, optimizer]} of a checkpoint, given its file
+    or its run's folder; no code in it runs.
 
     Whatever is wrong with it, here or inside the `with`, is one line: damaged files raise many kinds.
     """
+    path = Path(path).resolve()
+    if path.is_dir():
+        path /= "checkpoint.pt"
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state.update(config=Config(**state["config"]), classes=Classes(**state["classes"]))
+        state.update(file=path, config=Config(**state["config"]), classes=Classes(**state["classes"]))
         check_config(state["config"])
         yield state
     except Exception as error:
@@ -1408,9 +1405,8 @@ def checkpoint_at(path: str | Path):
 
 def resume(out: Path, config: Config, classes: Classes, parts: dict) -> int:
     """Load the run's own checkpoint into parts, if there is one, else --init's; return the step reached."""
-    path = out / "checkpoint.pt"
-    if path.exists():
-        with checkpoint_at(path) as state:
+    if (out / "checkpoint.pt").exists():
+        with checkpoint_at(out) as state:
             there, now = vars(state["config"]) | {"data": state["classes"]}, vars(config) | {"data": classes}
             fixed = ["data"] + [f.name for f in fields(Config) if not f.metadata["may_change"]]
             if other := [f"{flag(f)} (there {there[f]}, now {now[f]})" for f in fixed if there[f] != now[f]]:
@@ -1420,7 +1416,7 @@ def resume(out: Path, config: Config, classes: Classes, parts: dict) -> int:
                 part.load_state_dict(state[name])
             return state["step"]
     if config.init:
-        with checkpoint_at(checkpoint_file(config.init)) as state:
+        with checkpoint_at(config.init) as state:
             weights, embedding = state["ema"], parts["model"].label.weight.detach()
             if weights["label.weight"].shape != embedding.shape:  # other classes: a fresh embedding
                 weights["label.weight"] = embedding
