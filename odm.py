@@ -550,7 +550,6 @@ import copy
 import csv
 import hashlib
 import inspect
-import io
 import json
 import os
 import re
@@ -1159,39 +1158,33 @@ def quadratic_kappa(confusion: Tensor) -> float | None:
     return (1 - (cost * table).sum() / by_chance).item() if by_chance > 0 else None
 
 
-def grade(images: Sequence[str | Path], checkpoint: str | Path = "", out: str | Path = "", seed: int = 0,
-          batch: int = 0, device: str = "auto") -> None:
+def grade(images: Sequence[str | Path], checkpoint: str | Path = "", seed: int = 0, batch: int = 0,
+          device: str = "auto") -> None:
     """Read the severity of image files and folders: a CSV of file, severity, grade (nearest class), given.
 
-    It goes to `out`, or else to standard output; what else there is to say, to standard error: where all
-    images lie under a class (see given_images), a comparison: kappa, mean error, each class's readings.
+    It goes to standard output; what else there is to say, to standard error: where all images lie under a
+    class (see given_images), a comparison: kappa, mean error, each class's readings.
     """
     check_numbers(batch=batch, seed=seed)
+    table = csv.writer(sys.stdout)
     with contextlib.redirect_stdout(sys.stderr):
         network = load_network(checkpoint, device, batch)
         files, given, pixels = given_images(images, network)
         positions = read_positions(pixels, network, seed)
-    if RANK > 0:  # one process writes
-        return
-    names, scale = network.classes.names, torch.tensor(network.classes.severities)
-    severities = torch.tensor(np.interp(positions, range(len(names)), scale))
-    nearest = (positions + 0.5).long()
-    table = io.StringIO()
-    rows = csv.writer(table)
-    rows.writerow(["file", "severity", "grade", "given"])
-    for file, severity, c, own in zip(files, severities, nearest, given):
-        rows.writerow([file, f"{severity:.3f}", names[c], own])
-    if out:
-        write_text(Path(out), table.getvalue())
-    else:
-        print(table.getvalue(), end="")
-    with contextlib.redirect_stdout(sys.stderr):
+        if RANK > 0:  # one process writes
+            return
+        names, scale = network.classes.names, torch.tensor(network.classes.severities)
+        severities = torch.tensor(np.interp(positions, range(len(names)), scale))
+        nearest = (positions + 0.5).long()
+        table.writerow(["file", "severity", "grade", "given"])
+        for file, severity, c, own in zip(files, severities, nearest, given):
+            table.writerow([file, f"{severity:.3f}", names[c], own])
         if not set(given) <= set(names):
             say("some images lie under no class of the checkpoint: no grades to compare with")
             return
         own = torch.tensor([names.index(name) for name in given])
-        confusion = torch.zeros(len(names), len(names), dtype=torch.long)
-        confusion.index_put_((own, nearest), torch.tensor(1), accumulate=True)
+        pairs = len(names) * own + nearest
+        confusion = pairs.bincount(minlength=len(names) ** 2).view(len(names), len(names))
         kappa, error = quadratic_kappa(confusion), (severities - scale[own]).abs().mean()
         kappa = "of one class: none" if kappa is None else f"{kappa:.3f}"
         say(f"{len(files):,} images, quadratic kappa {kappa}, mean error {error:.3f}")
@@ -1432,7 +1425,7 @@ ABOUT = dict(  # arguments of sample and grade
     checkpoint="a checkpoint or the folder of a run [the newest in runs/, else data/demo.pt]",
     n="images in all, classes at their training frequencies",
     each="images of each severity [16 of one, else 8]",
-    out="of sample: folder for the images [samples/RUN-STEP]; of grade: file for the CSV [standard output]",
+    out="folder for the images [samples/RUN-STEP]",
     seed="of all noise [0]",
     batch="images at once [16 on a CPU, else 128]; lower it where memory runs out",
     device="cpu, cuda, ... [the GPU if there is one]",

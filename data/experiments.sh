@@ -88,7 +88,7 @@ knees() { # the paper's Table 1, on radiographs
         train "knee-odm-$seed" --data data/knee --steps $((4 * steps)) --seed "$seed"
         for name in "knee-dm-$seed" "knee-odm-$seed"; do
             python odm.py sample --checkpoint "runs/$name" -n "$n" --out "samples/$name"
-            python odm.py grade data/knee-400 --checkpoint "runs/$name" --out "grades-$name.csv"
+            python odm.py grade data/knee-400 --checkpoint "runs/$name" > "grades-$name.csv"
         done
     done
     score data/knee-test samples/knee-dm-0 samples/knee-odm-0 --plot data/bars.png
@@ -125,12 +125,12 @@ large() { # 64x64, the paper's size: radiographs, and its own subject, colonosco
     frames
     train colon-64 --data data/colon $flags --steps $((5 * steps / 2))
     pick data/knee-test 200 data/knee-200 64
-    python odm.py grade data/knee-200 --checkpoint runs/knee-64 --out grades-knee-64.csv
+    python odm.py grade data/knee-200 --checkpoint runs/knee-64 > grades-knee-64.csv
     pick data/knee-test 8 data/knee-8 64
     python odm.py sample --image data/knee-8 --checkpoint data/knee.pt --out samples/knee-64-moved
     python odm.py sample --checkpoint data/knee.pt -n 100 --out samples/knee-64
     score data/knee-test samples/knee-64 --trained-on data/knee --dims 192
-    python odm.py grade data/colon-test --checkpoint runs/colon-64 --out grades-colon-64.csv
+    python odm.py grade data/colon-test --checkpoint runs/colon-64 > grades-colon-64.csv
 }
 
 pictures() {
