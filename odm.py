@@ -549,7 +549,6 @@ import contextlib
 import copy
 import csv
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -1299,7 +1298,7 @@ class Progress:
 
 def flag(name: str) -> str:
     """The flag of a setting or an argument."""
-    return {"severity": "--class", "n": "-n"}.get(name, "--" + name.replace("_", "-"))
+    return "-n" if name == "n" else "--" + name.replace("_", "-")
 
 
 def check_config(config: Config) -> None:
@@ -1420,19 +1419,6 @@ def resume(out: Path, config: Config, classes: Classes, parts: dict) -> int:
 
 # ------------------------------------------------------------------------------ command line
 
-ABOUT = dict(  # arguments of sample and grade
-    severity='3, "Mayo 3", 1.5 (between two), 0:3:0.25 (a series: one noise a row) or all [all]',
-    checkpoint="a checkpoint or the folder of a run [the newest in runs/, else data/demo.pt]",
-    n="images in all, classes at their training frequencies",
-    each="images of each severity [16 of one, else 8]",
-    out="folder for the images [samples/RUN-STEP]",
-    seed="of all noise [0]",
-    batch="images at once [16 on a CPU, else 128]; lower it where memory runs out",
-    device="cpu, cuda, ... [the GPU if there is one]",
-    image="an image or a folder of them to move to --class [none: images are drawn from noise]",
-    at="the severity that the images have [read from them]",
-)
-
 
 class Parser(argparse.ArgumentParser):
     """Errors in one line, exit status 2."""
@@ -1443,14 +1429,6 @@ class Parser(argparse.ArgumentParser):
 
 def ints(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if text)
-
-
-def add_flag(command: Parser, name: str, default, text: str, choices: Sequence[str] = ()) -> None:
-    if isinstance(default, bool):
-        command.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
-    else:
-        kind = ints if isinstance(default, tuple) else type(default)
-        command.add_argument(flag(name), dest=name, type=kind, help=text, choices=choices or None)
 
 
 def parser() -> Parser:
@@ -1465,16 +1443,30 @@ def parser() -> Parser:
     text = f"paper: the defaults below; small, for two cores: {small} [paper with --data, else small]"
     training.add_argument("--preset", choices=("paper", "small"), help=text)
     grading.add_argument("images", nargs="+", help="image files, and folders of them")
-    for command, function in ((sampling, sample), (grading, grade)):
-        for name, parameter in inspect.signature(function).parameters.items():
-            if name in ABOUT:
-                add_flag(command, name, parameter.default, ABOUT[name])
+    add = sampling.add_argument
+    text = '3, "Mayo 3", 1.5 (between two), 0:3:0.25 (a series: one noise a row) or all [all]'
+    add("--class", dest="severity", help=text)
+    add("-n", type=int, help="images in all, classes at their training frequencies")
+    add("--each", type=int, help="images of each severity [16 of one, else 8]")
+    add("--out", help="folder for the images [samples/RUN-STEP]")
+    add("--image", help="an image or a folder of them to move to --class [none: images are drawn from noise]")
+    add("--at", help="the severity that the images have [read from them]")
+    for add in (sampling.add_argument, grading.add_argument):
+        add("--checkpoint", help="a checkpoint or a run's folder [the newest in runs/, else data/demo.pt]")
+        add("--seed", type=int, help="of all noise [0]")
+        text = "images at once [16 on a CPU, else 128]; lower it where memory runs out"
+        add("--batch", type=int, help=text)
+        add("--device", help="cpu, cuda, ... [the GPU if there is one]")
     for f in fields(Config):
-        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        text, choices = f"{f.metadata['help']} [{default}]", f.metadata["choices"]
-        add_flag(training, f.name, f.default, text, choices)
+        text, default = f.metadata["help"], f.default
+        kind = dict(type=type(default), choices=f.metadata["choices"] or None)
+        if isinstance(default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(default, tuple):
+            kind, default = dict(type=ints), ",".join(map(str, default))
+        training.add_argument(flag(f.name), help=f"{text} [{default}]", **kind)
         if f.name in ("sample_steps", "guidance", "eta", "precision", "compile"):
-            add_flag(sampling, f.name, f.default, f"{f.metadata['help']} [the run's]", choices)
+            sampling.add_argument(flag(f.name), help=f"{text} [the run's]", **kind)
     return top
 
 
