@@ -842,7 +842,8 @@ def train(config: Config) -> Path:
                 stopping = max(from_all(signals[0] if signals else 0))
             if RANK == 0:
                 measuring = step % config.log_every == 0 or step == config.steps
-                log.pending.append((step, losses, measure_line(ema, images, alpha_bar) if measuring else ()))
+                measured = "%.7g,%.7g" % measure_line(ema, images, alpha_bar) if measuring else ","
+                log.pending.append((step, losses, measured))
                 progress.show(step, lambda: log.means(config.log_every))
                 if step % config.save_every == 0 or step == config.steps or stopping:
                     write_text(log.path, "\n".join(log.read()) + "\n")  # raises where a loss is not finite
@@ -861,21 +862,19 @@ class Log:
     """metrics.csv, a row a step. Losses stay on the device until they are read: that waits for it."""
 
     def __init__(self, path: Path, step: int):
-        self.path, self.pending = path, []  # (step, (4,) of training_step, straightness and gap or nothing)
+        self.path, self.pending = path, []  # (step, (4,) of training_step, "straightness,gap" or ",")
         self.rows = ["step,loss,dm,ordinal,grad_norm,straightness,gap"]
         if step and path.exists():  # without rows that an interrupted run wrote after its last checkpoint
-            numbered = [(row.partition(",")[0], row) for row in path.read_text().splitlines()]
-            self.rows += [row for number, row in numbered if number.isdigit() and int(number) <= step]
+            self.rows = path.read_text().splitlines()[: step + 1]
 
     def read(self) -> list[str]:
         """The rows; losses that are not finite end the run."""
         for step, losses, measured in self.pending:
-            cells = [step, *losses.tolist(), *measured]
-            if not all(map(math.isfinite, cells[:5])):
+            losses = losses.tolist()
+            if not all(map(math.isfinite, losses)):
                 raise UserError(f"step {step}: the loss is not finite; train with a lower --lr in another "
                                 "--out (checkpoint.pt holds the last good state, if one was saved)")
-            numbers = [f"{step}", *(f"{cell:.7g}" for cell in cells[1:])]
-            self.rows.append(",".join(numbers + [""] * (7 - len(numbers))))
+            self.rows.append("%d,%.7g,%.7g,%.7g,%.7g,%s" % (step, *losses, measured))
         self.pending = []
         return self.rows
 

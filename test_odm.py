@@ -941,7 +941,7 @@ def test_a_process_that_is_not_the_first_tells_of_its_own_memory_alone(monkeypat
 
 def test_a_row_of_metrics_names_its_step_to_the_last_digit(tmp_path):
     log = odm.Log(tmp_path / "metrics.csv", 0)
-    log.pending.append((12_345_678, torch.ones(4), ()))
+    log.pending.append((12_345_678, torch.ones(4), ","))
     assert log.read()[-1] == "12345678,1,1,1,1,,"
 
 
