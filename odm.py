@@ -1254,14 +1254,12 @@ def from_all(value) -> list:
 @contextlib.contextmanager
 def noted_signals():
     """A list of the Ctrl-C and SIGTERM (clusters send it) that came, so that a loop can save first."""
-    noted, last = [], time.monotonic()
+    noted = []
 
     def note(number, frame):
-        nonlocal last
-        if noted and time.monotonic() > last + 2:  # launchers send one stop twice; a later one ends at once
-            raise KeyboardInterrupt
         noted.append(number)
-        last = time.monotonic()
+        if len(noted) > 2:  # launchers send one stop twice; a third ends at once
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
