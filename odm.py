@@ -920,10 +920,9 @@ def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple
 
 def draw_sheet(model: UNet, classes: Classes, config: Config, device: torch.device, rows: int = 6):
     """A sheet of samples: a column a class, the same starting noise along a row."""
-    C = len(classes.names)
-    keys = [(config.seed, row) for row in range(rows) for _ in range(C)]
-    images = draw_images(model, [float(c) for c in range(C)] * rows, keys, config, device)
-    return sheet_of([(name, images[c::C]) for c, name in enumerate(classes.names)])
+    keys = [(config.seed, row) for row in range(rows)]
+    return sheet_of([(name, draw_images(model, [float(c)] * rows, keys, config, device))
+                     for c, name in enumerate(classes.names)])
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -934,15 +933,14 @@ def to_picture(image: Tensor) -> Image.Image:
 def sheet_of(columns: Sequence[tuple[str, Sequence[Tensor]]]) -> Image.Image:
     """Columns of (title, pictures (3, size, size) uint8) as one picture, small ones enlarged."""
     rows, size = max(len(pictures) for _, pictures in columns), columns[0][1][0].shape[-1]
-    side, top = size * max(1, 128 // size), 24
-    sheet = Image.new("RGB", (len(columns) * (side + 4) + 4, rows * (side + 4) + 4 + top), "white")
+    side = size * max(1, 128 // size)
+    cell = side + 4  # with a gap of 4 to the next
+    sheet = Image.new("RGB", (4 + len(columns) * cell, 28 + rows * cell), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for x, (title, pictures) in enumerate(columns):
-        left = 4 + x * (side + 4)
-        pen.text((left + side / 2, top / 2 + 2), title, "black", font, anchor="mm")
+        pen.text((4 + x * cell + side / 2, 14), title, "black", font, anchor="mm")
         for y, picture in enumerate(pictures):
-            picture = to_picture(picture).resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (left, 4 + top + y * (side + 4)))
+            sheet.paste(to_picture(picture).resize((side, side)), (4 + x * cell, 28 + y * cell))
     return sheet
 
 
