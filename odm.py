@@ -1068,18 +1068,18 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         net = compiled(net, config, device)
     batch, progress = min(network.batch, len(jobs)), Progress(len(jobs), "images")
     for first in range(RANK * batch, len(jobs), WORLD * batch):
-        # Batches are laid out over all jobs and always whole, so that an image shares its batch with the same
-        # others whatever is there already: not even its rounding changes.
+        # Batches are laid out over all jobs, so that an image shares its batch with the same others whatever
+        # is there already: not even its rounding changes.
         some = jobs[first : first + batch]
         if not all(file.exists() for file, _, _ in some):
-            files, positions, index = zip(*(some + some[-1:] * batch)[:batch])
+            files, positions, index = zip(*some)
             keys = [(seed, i) if series else (seed, i, round(p, 6)) for i, p in zip(index, positions)]
             given = None
             if image:
                 distinct, which = torch.tensor(index).unique(return_inverse=True)
                 given = images[distinct], own[distinct], which
             drawn = draw_images(net, positions, keys, config, device, given)
-            new = [(to_picture(x), file) for x, file in zip(drawn, files[: len(some)]) if not file.exists()]
+            new = [(to_picture(x), file) for x, file in zip(drawn, files) if not file.exists()]
             with ThreadPoolExecutor() as pool:
                 list(pool.map(save_picture, *zip(*new)))
         progress.show(min(first + WORLD * batch, len(jobs)))
