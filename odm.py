@@ -1010,8 +1010,8 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     """Draw images into OUT/<class>/<i>.png and OUT/sheet.png; what is there already is kept. Returns OUT.
 
     checkpoint: see load_network. severity: see parse_severities.
-    n images in all, the classes at their training frequencies (evenly if one lies between classes), or `each`
-    of every severity [16 of one, else 8]. Image i of a class depends on (seed, class, i) alone; in a series
+    n images in all, the classes at their training frequencies (those between two in proportion), or `each` of
+    every severity [16 of one, else 8]. Image i of a class depends on (seed, class, i) alone; in a series
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
 
@@ -1054,8 +1054,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     else:
         counts = [each or (16 if len(wanted) == 1 else 8)] * len(wanted)
         if n:
-            whole = not series and all(position.is_integer() for position in wanted.values())
-            parts = [classes.counts[int(position)] if whole else 1 for position in wanted.values()]
+            parts = np.interp(list(wanted.values()), range(len(classes.names)), classes.counts)
             counts = np.diff(np.round(n * np.cumsum([0, *parts]) / sum(parts))).astype(int)
         titles = [f"{i:05d}" for i in range(max(counts))]
 
@@ -1066,7 +1065,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     net = network.model
     if config.compile == "on" or len(jobs) >= 1000:  # compiling takes longer than a few images do
         net = compiled(net, config, device)
-    batch, progress = min(network.batch, len(jobs)), Progress(len(jobs), "images")
+    batch, progress = network.batch, Progress(len(jobs), "images")
     for first in range(RANK * batch, len(jobs), WORLD * batch):
         # Batches are laid out over all jobs, so that an image shares its batch with the same others whatever
         # is there already: not even its rounding changes.
