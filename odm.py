@@ -1084,12 +1084,10 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         progress.show(min(first + WORLD * batch, len(jobs)))
     from_all(None)
     if RANK == 0:
-        columns, most = [], 64 if len(wanted) == 1 and not image else 8
-        for name, count in zip(wanted, counts):
-            if count:
-                shown = titles[:: math.ceil(count / most)] if image else titles[: min(count, most)]
-                files = [out / name / f"{title}.png" for title in shown]
-                columns.append((name, [read_square(file, config.size) for file in files]))
+        most = 64 if len(wanted) == 1 and not image else 8
+        columns = [(name, [read_square(out / name / f"{title}.png", config.size)
+                           for title in titles[:count:math.ceil(count / most)]])
+                   for name, count in zip(wanted, counts) if count]
         if rising:
             save_series(columns, out / "series.gif")
         if image:
