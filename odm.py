@@ -891,13 +891,13 @@ class Log:
 @torch.no_grad()
 def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple], config: Config,
                 device: torch.device | str = "cpu",
-                given: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+                given: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Images at positions in 0..C-1: (B, 3, size, size) uint8 on the CPU.
 
     All noise of row i comes from keys[i] alone: it is the same image, up to rounding, in any batch.
-    given: images to move (uint8), their own positions, and which of them each row moves (B,). Each is encoded
-    at its own position, which leaves in x_T what the class does not explain, and drawn from there; nothing is
-    clipped, as encoding clipped nothing.
+    given: the images to move (uint8) and their own positions (B,). Each is encoded at its own position, which
+    leaves in x_T what the class does not explain, and drawn from there; nothing is clipped, as encoding
+    clipped nothing.
     """
     rngs = [torch.Generator().manual_seed(seed_of("sample", *key)) for key in keys]
     alpha_bar = alpha_bars(config)
@@ -909,9 +909,9 @@ def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple
         return torch.stack(drawn).to(device)
 
     if given:
-        images, own, which = given
+        images, own = given
         x_0 = to_unit(images).to(device)
-        x_T = ddim(partial(guided, position=own), x_0, alpha_bar, times[::-1], clip=False)[which]
+        x_T = ddim(partial(guided, position=own), x_0, alpha_bar, times[::-1], clip=False)
     else:
         x_T = noise()
     eps_fn = partial(guided, position=torch.tensor(position))
@@ -1060,8 +1060,6 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
 
     jobs = [(out / name / f"{titles[i]}.png", position, i)
             for (name, position), count in zip(wanted.items(), counts) for i in range(count)]
-    if image:  # all severities of an image together: it is encoded once
-        jobs.sort(key=lambda job: job[-1])
     net = network.model
     if config.compile == "on" or len(jobs) >= 1000:  # compiling takes longer than a few images do
         net = compiled(net, config, device)
@@ -1073,10 +1071,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         if not all(file.exists() for file, _, _ in some):
             files, positions, index = zip(*some)
             keys = [(seed, i) if series else (seed, i, round(p, 6)) for i, p in zip(index, positions)]
-            given = None
-            if image:
-                distinct, which = torch.tensor(index).unique(return_inverse=True)
-                given = images[distinct], own[distinct], which
+            given = (images[list(index)], own[list(index)]) if image else None
             drawn = draw_images(net, positions, keys, config, device, given)
             new = [(to_picture(x), file) for x, file in zip(drawn, files) if not file.exists()]
             with ThreadPoolExecutor() as pool:
