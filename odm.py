@@ -1426,8 +1426,7 @@ def parser() -> Parser:
     training = commands.add_parser("train", help="train on a folder of graded images, or resume", **options)
     sampling = commands.add_parser("sample", help="draw images, or move given ones", **options)
     grading = commands.add_parser("grade", help="read the severity of images", **options)
-    small = ", ".join(f"{name} {value}" for name, value in SMALL.items())
-    text = f"paper: the defaults below; small, for two cores: {small} [paper with --data, else small]"
+    text = "paper: the defaults below; small: SMALL in odm.py, for two cores [paper with --data, else small]"
     training.add_argument("--preset", choices=("paper", "small"), help=text)
     grading.add_argument("images", nargs="+", help="image files, and folders of them")
     add = sampling.add_argument
