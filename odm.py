@@ -783,7 +783,7 @@ def measure_line(model: UNet, images: Tensor, alpha_bar: Tensor, n: int = 16) ->
 
 
 def train(config: Config) -> Path:
-    """Train, or resume, the run in config.out and return that folder: checkpoint.pt, metrics.csv, sheets.
+    """Train, or resume, the run in config.out and return that folder: checkpoint.pt, metrics.csv, sheet.png.
 
     Under torchrun each process draws its share of the batch, and gradients are averaged.
     """
@@ -825,12 +825,9 @@ def train(config: Config) -> Path:
     with noted_signals() as signals:
         while True:
             at_end = step >= config.steps
-            sheet_file = out / "sheets" / f"{step:06d}.png"
             sheet_due = at_end or (step and config.sheet_every and step % config.sheet_every == 0)
             if RANK == 0 and sheet_due:  # here, after saving: if killed while drawing, the run draws again
-                sheet = draw_sheet(ema, classes, config, device)
-                save_picture(sheet, out / "sheet.png")
-                save_picture(sheet, sheet_file)
+                save_picture(draw_sheet(ema, classes, config, device), out / "sheet.png")
             if at_end or stopping:
                 break
             rng = torch.Generator().manual_seed(seed_of("batch", config.seed, step, RANK))
