@@ -1070,9 +1070,9 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
             keys = [(seed, i) if series else (seed, i, round(p, 6)) for i, p in zip(index, positions)]
             given = (images[list(index)], own[list(index)]) if image else None
             drawn = draw_images(net, positions, keys, config, device, given)
-            new = [(to_picture(x), file) for x, file in zip(drawn, files) if not file.exists()]
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(save_picture, *zip(*new)))
+            for x, file in zip(drawn, files):
+                if not file.exists():
+                    save_picture(to_picture(x), file)
         progress.show(min(first + WORLD * batch, len(jobs)))
     from_all(None)
     if RANK == 0:
