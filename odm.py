@@ -953,9 +953,9 @@ def save_series(columns: Sequence[tuple[str, Sequence[Tensor]]], file: Path) -> 
 
 def parse_severities(text: str, classes: Classes, flag: str = "--class") -> dict[str, float]:
     """--class as {name of the folder: position}: all, 3, "Mayo 3", 1.5 (between two classes), 0:3:0.25."""
-    positions = {name: float(i) for i, name in enumerate(classes.names)}
-    if text == "all" or text in positions:
-        return positions if text == "all" else {text: positions[text]}
+    named = {name: float(i) for i, name in enumerate(classes.names) if text in ("all", name)}
+    if named:
+        return named
     low, high = classes.severities[0], classes.severities[-1]
     try:
         first, last, step = map(float, text.split(":") if ":" in text else (text, text, 1))
