@@ -615,17 +615,14 @@ def read_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path}: not readable as an image ({error}); repair or remove it") from None
 
 
-def read_square(path: str | Path, size: int, crop: int = 0, keep: bool = False) -> Tensor:
+def read_square(path: str | Path, size: int, crop: int = 0) -> Tensor:
     """The middle crop x crop pixels of an image file (0: see Config), resized: (3, size, size) uint8.
 
-    keep: an image that has that size already stays as it is.
+    Of a smaller image, as those that `sample` drew, all of the middle square.
     """
     image = read_image(path)
-    if keep and image.size == (size, size):
-        crop = size
-    if crop > min(image.size):
-        raise UserError(f"--crop {crop}: {path} has only {image.width}x{image.height} pixels")
-    side = crop or (128 if image.size == (352, 288) else min(image.size))  # Section 4.1.1
+    crop = crop or (128 if image.size == (352, 288) else math.inf)  # Section 4.1.1
+    side = min(crop, *image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -1122,7 +1119,7 @@ def given_images(paths: Sequence[str | Path], network: Network) -> tuple[list[Pa
         class_of |= classes_from_csv(path, found, config.columns)
         files += found
         own += [class_of.get(file, "") for file in found]
-    return files, own, read_squares(files, size=config.size, crop=config.crop, keep=True)
+    return files, own, read_squares(files, size=config.size, crop=config.crop)
 
 
 def read_positions(images: Tensor, network: Network, seed: int) -> Tensor:
