@@ -1170,9 +1170,9 @@ def grade(images: Sequence[str | Path], checkpoint: str | Path = "", seed: int =
         kappa, error = quadratic_kappa(confusion), (severities - scale[own]).abs().mean()
         kappa = "of one class: none" if kappa is None else f"{kappa:.3f}"
         say(f"{len(files):,} images, quadratic kappa {kappa}, mean error {error:.3f}")
-        for c, name in ((c, name) for c, name in enumerate(names) if name in given):
-            read = ", ".join(f"{n} as {other}" for n, other in zip(confusion[c].tolist(), names))
-            say(f"given {name}: read {read}; mean severity read {severities[own == c].mean():.2f}")
+        for c in own.unique():
+            read = ", ".join(f"{n} as {name}" for n, name in zip(confusion[c].tolist(), names))
+            say(f"given {names[c]}: read {read}; mean severity read {severities[own == c].mean():.2f}")
 
 
 # ------------------------------------------------------------------------- devices, processes
