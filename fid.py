@@ -418,8 +418,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         columns = [("generated", [odm.read_square(path, reading["size"]) for _, path, _ in likeliest])]
         for n in range(len(likeliest[0][2])):
             columns.append((f"nearest {n + 1}", [seen[places[n]] for _, _, places in likeliest]))
-        picture = odm.sheet_of(columns)
-        odm.write_file(Path(args.neighbours), lambda file: picture.save(file, format="PNG"))
+        odm.save_picture(odm.sheet_of(columns), Path(args.neighbours))
         for ratio, path, places in likeliest:
             row = {"ratio": ratio, "generated": str(path), "nearest": str(seen_paths[places[0]])}
             result["neighbours"].append(row)
@@ -508,9 +507,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report(result))
         if args.json:
             text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-            odm.write_file(Path(args.json), lambda file: file.write(text.encode()))
+            odm.write_text(Path(args.json), text)
         if args.plot:
-            odm.write_file(Path(args.plot), lambda file: plot(result["rows"]).save(file, format="PNG"))
+            odm.save_picture(plot(result["rows"]), Path(args.plot))
         return 0
     except (odm.UserError, OSError) as error:
         message, status = f"error: {error}", 2
