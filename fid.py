@@ -370,7 +370,7 @@ def score(real: Tensor, fake: Tensor, k: int) -> dict:
 
 def evaluate(args: argparse.Namespace) -> dict:
     """All that the report says, as plain numbers and names; draws args.neighbours."""
-    real_paths, real_labels, classes, _ = odm.find_images(args.real, args.order, args.columns)
+    real_paths, real_labels, classes = odm.find_images(args.real, args.order, args.columns)
     listings = {root: list_generated(root, classes) for root in args.generated}
     sizes = {length for paths, _ in listings.values() for length in odm.read_image(paths[0]).size}
     if not args.size and len(sizes) > 1:
@@ -382,7 +382,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     result = {"settings": settings, "rows": [], "classifier": [], "neighbours": []}
     fits, found = {}, []
     if args.trained_on:
-        seen_paths, seen_labels, names, _ = odm.find_images(args.trained_on, args.order, args.columns)
+        seen_paths, seen_labels, names = odm.find_images(args.trained_on, args.order, args.columns)
         if names != classes:
             raise odm.UserError(f"--trained-on {args.trained_on}: classes {names}, but REAL has {classes}")
         if not set(real_paths).isdisjoint(seen_paths):

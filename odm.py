@@ -705,7 +705,7 @@ def rank_classes(found: set[str], names: Sequence[str] = ()) -> dict[str, float]
 
 
 def find_images(root: str | Path, order: str = "", columns: str = ""):
-    """(paths, class index of each, class names in ascending severity, remark on what was left out)."""
+    """(paths, class index of each, class names in ascending severity); says what it found."""
     if not Path(root).is_dir():
         raise UserError(f"{root}: no such folder (data/README.md says how to get the data sets)")
     root = Path(root).resolve()
@@ -725,10 +725,13 @@ def find_images(root: str | Path, order: str = "", columns: str = ""):
     for path, name in class_of.items():
         content = path.read_bytes() if namesakes[name, path.name] > 1 else b""
         first.setdefault((name, path.name, sha256(content)), path)
-    twins, others = len(class_of) - len(first), len(paths) - len(class_of)
-    remark = f"; passed over: {twins:,} twins (same class, name and content), {others:,} without a class"
     kept = list(first.values())
-    return kept, [names.index(class_of[path]) for path in kept], names, remark
+    labels = [names.index(class_of[path]) for path in kept]
+    twins, others = len(class_of) - len(kept), len(paths) - len(class_of)
+    counts = ", ".join(f"{name} {labels.count(i):,}" for i, name in enumerate(names))
+    say(f"{root}: {counts}; passed over: {twins:,} twins (same class, name and content), {others:,} without "
+        "a class")
+    return kept, labels, names
 
 
 def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = "", columns: str = ""):
@@ -737,8 +740,7 @@ def load_images(root: str | Path, size: int = 64, crop: int = 0, order: str = ""
     Reads LIMUC, EyePACS and any tree of class folders as distributed (data/README.md): an image's class is
     its grade in a CSV, or its folder's name. Raises UserError naming the file or flag.
     """
-    paths, labels, names, remark = find_images(root, order, columns)
-    say(f"{root}: " + ", ".join(f"{name} {labels.count(i):,}" for i, name in enumerate(names)) + remark)
+    paths, labels, names = find_images(root, order, columns)
     return read_squares(paths, size=size, crop=crop), torch.tensor(labels), names
 
 
