@@ -974,13 +974,12 @@ def parse_severities(text: str, classes: Classes, flag: str = "--class") -> dict
 
 @dataclass
 class Network:
-    """A trained network ready to draw and read. batch: images at once; name: RUN-STEP; file: checkpoint."""
+    """A trained network ready to draw and read. name: RUN-STEP; file: checkpoint."""
 
     model: UNet
-    config: Config
+    config: Config  # of the run, with the batch (images at once) and seed of drawing and reading
     classes: Classes
     device: torch.device
-    batch: int
     name: str
     file: Path
 
@@ -989,15 +988,15 @@ def load_network(checkpoint: str | Path, device: str, batch: int = 0, **changes)
     """The averaged network of a checkpoint or a run's folder [the newest in runs/, else data/demo.pt]."""
     device = start(device)
     runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    changes["batch"] = batch or (16 if device.type == "cpu" else 128)
     with checkpoint_at(checkpoint or [HERE / "data" / "demo.pt", *runs][-1]) as state:
         file, config, classes = state["file"], replace(state["config"], **changes), state["classes"]
         check_config(config)
         model = build(config, len(classes.names), device).eval()
         model.load_state_dict(state["ema"])
         say(f"{file}: step {state['step']:,}, classes {', '.join(classes.names)}")
-    batch = batch or (16 if device.type == "cpu" else 128)
     run = file.parent.name if file.name == "checkpoint.pt" else f"{file.parent.name}-{file.stem}"
-    return Network(model, config, classes, device, batch, f"{run}-{state['step']}", file)
+    return Network(model, config, classes, device, f"{run}-{state['step']}", file)
 
 
 def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0,
@@ -1018,12 +1017,11 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
         raise UserError("--image, images to move: goes without -n, --each, --guidance and --eta")
     if at and not image:
         raise UserError("--at is the severity of given images: name them with --image")
-    check_numbers(n=n, each=each, batch=batch, seed=seed)
-    if n and each:
-        raise UserError("-n, --each: only one of the two")
+    if min(n, each) < 0 or (n and each):
+        raise UserError("-n, --each: a number of images, and only one of the two")
     if image:
         changes.update(guidance=1.0, eta=0.0)
-    network = load_network(checkpoint, device, batch, **changes)
+    network = load_network(checkpoint, device, batch, seed=seed, **changes)
     config, classes, device = network.config, network.classes, network.device
     wanted, rising = parse_severities(severity, classes), ":" in severity
     series = rising and not image  # one noise a row
@@ -1059,7 +1057,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     net = network.model
     if config.compile == "on" or len(jobs) >= 1000:  # compiling takes longer than a few images do
         net = compiled(net, config, device)
-    batch, progress = network.batch, Progress(len(jobs), "images")
+    batch, progress = config.batch, Progress(len(jobs), "images")
     for first in range(RANK * batch, len(jobs), WORLD * batch):
         # Batches are laid out over all jobs, so that an image shares its batch with the same others whatever
         # is there already: not even its rounding changes.
@@ -1127,7 +1125,7 @@ def given_images(paths: Sequence[str | Path], network: Network) -> tuple[list[Pa
 def read_positions(images: Tensor, network: Network, seed: int) -> Tensor:
     """read_position of uint8 images, a batch at a time: (N, 3, H, W) -> (N,)."""
     found, progress, alpha_bar = [], Progress(len(images), "severities read"), alpha_bars(network.config)
-    for part in images.split(network.batch):
+    for part in images.split(network.config.batch):
         found += read_position(network.model, to_unit(part).to(network.device), alpha_bar, seed)
         progress.show(len(found))
     return torch.stack(found)
@@ -1149,10 +1147,9 @@ def grade(images: Sequence[str | Path], checkpoint: str | Path = "", seed: int =
     It goes to standard output; what else there is to say, to standard error: where all images lie under a
     class (see given_images), a comparison: kappa, mean error, each class's readings.
     """
-    check_numbers(batch=batch, seed=seed)
     table = csv.writer(sys.stdout)
     with contextlib.redirect_stdout(sys.stderr):
-        network = load_network(checkpoint, device, batch)
+        network = load_network(checkpoint, device, batch, seed=seed)
         files, given, pixels = given_images(images, network)
         positions = read_positions(pixels, network, seed)
         if RANK > 0:  # one process writes
@@ -1280,8 +1277,8 @@ class Progress:
 
 
 def flag(name: str) -> str:
-    """The flag of a setting or an argument."""
-    return "-n" if name == "n" else "--" + name.replace("_", "-")
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def check_config(config: Config) -> None:
@@ -1305,13 +1302,6 @@ def check_config(config: Config) -> None:
     ):
         if wrong:
             raise UserError(message)
-
-
-def check_numbers(**numbers: int) -> None:
-    """Raise UserError on the first argument that is negative, or too large for torch."""
-    for name, value in numbers.items():
-        if not 0 <= value < 2**63:
-            raise UserError(f"{flag(name)} {value}: must be from 0 to {2**63 - 1}")
 
 
 def write_file(path: Path, write: Callable) -> None:

@@ -920,9 +920,9 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
         "name them with --image": [*sample, "--at", "1"],
         "absent.png": ["grade", "absent.png", "--checkpoint", run],
         "no images in it": ["grade", "empty", "--checkpoint", run],
-        "--batch -1: must be from 0": ["grade", graded, "--batch", "-1"],
+        "--batch -1: must be from 1": ["grade", graded, "--batch", "-1"],
         "--seed 9223372036854775808: must be from 0": ["grade", graded, "--seed", str(2**63)],
-        "--each -1: must be from 0": [*sample, "--each", "-1"],
+        "-n, --each: a number of images": [*sample, "--each", "-1"],
         "--columns score: name two": [*train, "--columns", "score"],
         "damaged.csv: not readable as a CSV": [*train, "--data", "damaged"],
     }.items():
