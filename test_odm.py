@@ -741,7 +741,8 @@ def test_crop_is_the_middle_128_of_a_frame_and_the_middle_square_of_others(tmp_p
     frame = Image.fromarray(np.stack([x % 256, y % 256, 0 * x], -1).astype(np.uint8))
     middle = square(frame, 128)
     assert middle[0, 0, [0, -1]].tolist() == [112, 239] and middle[1, [0, -1], 0].tolist() == [80, 207]
-    assert square(frame.crop((0, 0, 100, 60)), 60)[0, 0].tolist() == list(range(20, 80))
+    for crop in (0, 128):  # more than there is: all of the middle square
+        assert square(frame.crop((0, 0, 100, 60)), 60, crop)[0, 0].tolist() == list(range(20, 80))
     assert square(frame, 10, 10)[0, 0].tolist() == list(range(171, 181))
     checker = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
     assert (square(checker, 8)[:, 2:-2, 2:-2].float() - 127.5).abs().max() < 3  # antialiased
@@ -854,6 +855,8 @@ def test_sample_folders_and_sheet(run, tmp_path, monkeypatch):
     assert series == Path("samples/tiny-6-series")
     names = {p.name for p in series.iterdir() if p.is_dir()}
     assert names == {"0.5", "1.5", "2.5", "Mayo 0", "Mayo 1", "Mayo 2", "Mayo 3"}
+    between = odm.sample(run, "0:1:0.5", n=21, out="between")  # 9 and 5 in training, 7 between them
+    assert [len(list((between / name).glob("*.png"))) for name in ("Mayo 0", "0.5", "Mayo 1")] == [9, 7, 5]
     alone = odm.sample(run, "0:3:3", each=1, out="alone")  # a row is one noise, whatever the steps
     assert (series / "Mayo 3" / "00000.png").read_bytes() == (alone / "Mayo 3" / "00000.png").read_bytes()
 
