@@ -1074,13 +1074,14 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     from_all(None)
     if RANK == 0:
         most = 64 if len(wanted) == 1 and not image else 8
+        step = math.ceil(len(titles) / most) if image else 1
         columns = [(name, [read_square(out / name / f"{title}.png", config.size)
-                           for title in titles[:count:math.ceil(count / most)]])
+                           for title in titles[:count:step][:most]])
                    for name, count in zip(wanted, counts) if count]
         if rising:
             save_series(columns, out / "series.gif")
         if image:
-            columns.insert(0, ("given", images[:: math.ceil(len(images) / most)]))
+            columns.insert(0, ("given", images[::step]))
         elif len(columns) == 1:  # one severity: a square of its images
             (name, pictures), side = columns[0], math.ceil(math.sqrt(len(columns[0][1])))
             columns = [(name if x == 0 else "", pictures[x::side]) for x in range(side)]
