@@ -92,7 +92,8 @@ class Config:
     dropout: float = setting(0.1, "dropout in the residual blocks (Ho et al.)", 0.0, 0.99)
     # training
     batch: int = setting(32, "images a step, over all processes (paper)", 1)
-    steps: int = setting(200_000, "training steps (paper)", 1, may_change=True)
+    steps: int = setting(200_000, "training steps (paper); to go on after a --decay, --init a new run, since "
+                         "raising this lifts lr at once", 1, may_change=True)
     lr: float = setting(1e-4, "Adam's learning rate (paper)", 0.0)
     warmup: int = setting(5000, "steps of linear warm-up (Ho et al.)", 0)
     decay: float = setting(0.0, "part of --steps, at its end, in which lr falls to 0 (ours)", 0.0, 1.0)
