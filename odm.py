@@ -851,7 +851,7 @@ def train(config: Config) -> Path:
     if step < config.steps:
         say(f"{out}: stopped and saved at step {step:,}; the same command goes on from there")
         raise SystemExit(128 + stopping)
-    say(f"{out}: trained to step {step:,}, a higher --steps goes on; {out / 'sheet.png'} shows samples")
+    say(f"{out}: trained to step {step:,}; {out / 'sheet.png'} shows samples")
     return out
 
 
