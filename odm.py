@@ -64,8 +64,8 @@ class Config:
     out: str = setting("", "folder of the run (none: runs/NAME, after the data)", may_change=True)
     init: str = setting("", "start from the averaged weights of this checkpoint", may_change=True)
     size: int = setting(64, "image side in pixels (paper)", 4, 1024)
-    crop: int = setting(0, "side of the centre crop; 0: 128 of 352x288 (paper). Of what is smaller, and else: the "
-                        "middle square", 0)
+    crop: int = setting(0, "side of the centre crop; 0: 128 of 352x288 (paper), the middle square of others; "
+                        "smaller images: the middle square", 0)
     order: str = setting("", "class names in ascending severity, A,B,C (where names carry no number)")
     columns: str = setting("", "ID,GRADE: columns of the CSV that gives the classes (image,level is known)")
     flip: bool = setting(True, "random horizontal flips (Ho et al.)")
