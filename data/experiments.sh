@@ -124,13 +124,14 @@ large() { # 64x64, the paper's size: radiographs, and its own subject, colonosco
     ship runs/knee-64 data/knee.pt
     frames
     train colon-64 --data data/colon $flags --steps $((5 * steps / 2))
+    train colon-64-on --data data/colon $flags --steps $((15 * steps / 8)) --init runs/colon-64
     pick data/knee-test 200 data/knee-200 64
     python odm.py grade data/knee-200 --checkpoint runs/knee-64 > grades-knee-64.csv
     pick data/knee-test 8 data/knee-8 64
     python odm.py sample --image data/knee-8 --checkpoint data/knee.pt --out samples/knee-64-moved
     python odm.py sample --checkpoint data/knee.pt -n 100 --out samples/knee-64
     score data/knee-test samples/knee-64 --trained-on data/knee --dims 192
-    python odm.py grade data/colon-test --checkpoint runs/colon-64 > grades-colon-64.csv
+    python odm.py grade data/colon-test --checkpoint runs/colon-64-on > grades-colon-64.csv
 }
 
 pictures() {
