@@ -93,8 +93,7 @@ class Config:
     dropout: float = setting(0.1, "dropout in the residual blocks (Ho et al.)", 0.0, 0.99)
     # training
     batch: int = setting(32, "images a step, over all processes (paper)", 1)
-    steps: int = setting(200_000, "training steps (paper); to go on after a --decay, --init a new run, since "
-                         "raising this lifts lr at once", 1, may_change=True)
+    steps: int = setting(200_000, "training steps (paper)", 1, may_change=True)
     lr: float = setting(1e-4, "Adam's learning rate (paper)", 0.0)
     warmup: int = setting(5000, "steps of linear warm-up (Ho et al.)", 0)
     decay: float = setting(0.0, "part of --steps, at its end, in which lr falls to 0 (ours)", 0.0, 1.0)
@@ -1380,6 +1379,10 @@ def resume(out: Path, config: Config, classes: Classes, parts: dict) -> int:
             if other := [f"{flag(f)} (there {there[f]}, now {now[f]})" for f in fixed if there[f] != now[f]]:
                 raise UserError(f"{out}: holds a run with other settings: {', '.join(other)}: use the same "
                                 "or another --out")
+            if state["step"] > (1 - config.decay) * there["steps"] and config.steps > there["steps"]:
+                # Back at once, from 0 to --lr, it can destroy the network; --init warms it up.
+                raise UserError(f"--steps {config.steps}: the learning rate of {out} has been falling to "
+                                f"step {there['steps']}; go on with --init {out} and another --out")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             return state["step"]

@@ -558,6 +558,13 @@ def test_the_last_sheet_is_drawn_where_a_kill_prevented_it(graded, tmp_path, mon
     assert (tmp_path / "sheet.png").exists()
 
 
+def test_more_steps_after_a_decay_take_init(graded, tmp_path, capsys):
+    odm.train(settings(graded, tmp_path / "a", steps=4, decay=0.5))
+    argv = train_flags(data=graded, decay=0.5, steps=8)
+    assert "go on with --init" in error_of(capsys, odm.main, *argv, "--out", tmp_path / "a")
+    assert odm.main([*argv, "--out", str(tmp_path / "b"), "--init", str(tmp_path / "a")]) == 0
+
+
 def test_progress_is_said_after_the_first_step_and_its_means_outlive_a_save(graded, tmp_path, capsys):
     odm.train(settings(graded, tmp_path, log_every=6, save_every=1))
     said = [line for line in capsys.readouterr().out.splitlines() if "L_DM" in line]
