@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The commands behind data/RESULTS.md and the pictures, in parts, each of which goes on where it was stopped:
 #     bash data/experiments.sh drawings rivals rare knees large pictures
-# STEPS=4 EACH=4 N=40 SEEDS=0 tries a part quickly. data/README.md says where the real images come from.
+# STEPS=4 EACH=4 N=40 SEEDS=0 tries a part quickly; do that in a clone of its own. data/README.md says where the real images come from.
 # OMP_NUM_THREADS=1 keeps a part to one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
