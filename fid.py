@@ -431,7 +431,7 @@ def report(result: dict) -> str:
     lines = [f"real images at {size}x{size}, {dims} features", ""]
     lines += ["     n   real       FID           1000 KID  precision  recall  copies  class, generated"]
     for row in result["rows"]:
-        scores = "too few images"
+        scores = "  too few images"
         if row["fid"] is not None:
             scores = f"{row['fid']:9.2f}" + ("*" if row["fid_biased"] else " ")
             scores += f"{1000 * row['kid']:9.2f} ±{1000 * row['kid_se']:7.2f}"

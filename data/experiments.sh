@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The commands behind data/RESULTS.md and the pictures, in parts, each of which goes on where it was stopped:
-#     bash data/experiments.sh drawings rivals rare knees large pictures
+#     bash data/experiments.sh drawings rivals rare knees settings large pictures
 # STEPS=4 EACH=4 N=40 SEEDS=0 tries a part quickly; do that in a clone of its own. data/README.md says where the real images come from.
 # OMP_NUM_THREADS=1 keeps a part to one core.
 set -euo pipefail
@@ -33,9 +33,11 @@ drawings() { # severities drawn, read and moved, where they are known
     for seed in $seeds; do
         train "demo-dm-$seed" --data data/demo --steps "$steps" --seed "$seed" --ordinal 0
         train "demo-odm-$seed" --data data/demo --steps "$steps" --seed "$seed"
+        train "demo-w10-$seed" --data data/demo --steps "$steps" --seed "$seed" --ordinal 10
     done
-    python data/severity.py runs/demo-dm-* --each "$each"
-    python data/severity.py runs/demo-odm-* --each "$each"
+    for name in dm odm w10; do
+        python data/severity.py runs/demo-$name-* --each "$each"
+    done
     python data/severity.py data/demo.pt --each "$each"
 }
 
@@ -84,16 +86,34 @@ knees() { # the paper's Table 1, on radiographs
     pick data/knee "$n" samples/knee-real 32
     pick data/knee-test 400 data/knee-400 32
     for seed in $seeds; do
-        train "knee-dm-$seed" --data data/knee --steps $((4 * steps)) --seed "$seed" --ordinal 0
-        train "knee-odm-$seed" --data data/knee --steps $((4 * steps)) --seed "$seed"
-        for name in "knee-dm-$seed" "knee-odm-$seed"; do
-            python odm.py sample --checkpoint "runs/$name" -n "$n" --out "samples/$name"
-            python odm.py grade data/knee-400 --checkpoint "runs/$name" > "grades-$name.csv"
-        done
+        knee "knee-dm-$seed" $((4 * steps)) --seed "$seed" --ordinal 0
+        knee "knee-odm-$seed" $((4 * steps)) --seed "$seed"
+        knee "knee-w10-$seed" $((4 * steps)) --seed "$seed" --ordinal 10
+    done
+    for name in knee-dm-0 knee-odm-0; do # guidance as in the paper, and as many of each grade
+        python odm.py sample --checkpoint "runs/$name" -n "$n" --guidance 2 --out "samples/s2-$name"
+        python odm.py sample --checkpoint "runs/$name" --each $((n / 5)) --out "samples/each-$name"
     done
     score data/knee-test samples/knee-dm-0 samples/knee-odm-0 --plot data/bars.png
-    score data/knee samples/knee-{dm-*,odm-*}
-    score data/knee-test samples/knee-{real,dm-*,odm-*} --trained-on data/knee --json knees.json
+    score data/knee samples/knee-{dm,odm,w10}-*
+    score data/knee-test samples/knee-{real,dm-*,odm-*,w10-*} samples/{s2,each}-* --trained-on data/knee
+}
+
+settings() { # one seed of DM, ODM and other settings on radiographs, for a quarter of the steps
+    knee short-dm "$steps" --ordinal 0
+    knee short-odm "$steps"
+    knee short-printed "$steps" --triplets images --distance squared --ordinal 3072
+    knee short-images "$steps" --triplets images
+    knee short-spacing "$steps" --spacing
+    knee short-dm-uniform "$steps" --balance uniform --ordinal 0
+    knee short-odm-uniform "$steps" --balance uniform
+    score data/knee-test samples/short-*
+}
+
+knee() { # NAME STEPS FLAGS...: trains runs/NAME on radiographs, draws and reads
+    train "$1" --data data/knee --steps "$2" "${@:3}"
+    python odm.py sample --checkpoint "runs/$1" -n "$n" --out "samples/$1"
+    python odm.py grade data/knee-400 --checkpoint "runs/$1" > "grades-$1.csv"
 }
 
 frames() { # data/hyperkvasir-uc without the display's overlay: data/colon, and every tenth, data/colon-test
@@ -142,6 +162,6 @@ pictures() {
     cp samples/knee-sheet/sheet.png data/knee.png
 }
 
-for part in "${@:?name parts: drawings rivals rare knees large pictures}"; do
+for part in "${@:?name parts: drawings rivals rare knees settings large pictures}"; do
     "$part"
 done
