@@ -3,7 +3,7 @@
     python data/severity.py runs/demo-odm-*                          # a row for each, then mean and spread
     python data/severity.py data/demo.pt --picture data/moved.png    # given, read, moved to 0 ... 3, truth
 
-    drawn   mean severity of the images drawn at grade 0, 1, 2, 3
+    drawn   mean severity of the images drawn at grade 0, 1, 2, 3, as demo.measure sees it
     off     severity asked for in quarter steps, 0 ... 3, one noise a row: mean distance of the severity drawn
     bend    the same thirteen mean severities: root mean square distance from their own straight line
     read    mean error of the severities read from fresh drawings
@@ -12,7 +12,8 @@
     moved   root mean square error, in [-1, 1], of fresh drawings moved to 0, 1, 2, 3: a drawing's scene can
             be drawn at any severity, which is the truth
 
-What is drawn goes to samples/RUN-..., and what is there already is kept.
+Above them stands what the rows compare with: the same of true drawings, and of moving without a network. What
+is drawn goes to samples/RUN-..., and what is there already is kept.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import demo
 import odm
 
 SEED = 55  # of the fresh scenes
+ASKED = np.arange(0, 3.1, 0.25)  # severities of a series
 
 
 def at_size(frame: np.ndarray, size: int = 32) -> torch.Tensor:
@@ -112,20 +114,28 @@ def row(checkpoint: Path, each: int) -> list[float]:
     """All numbers of one network."""
     name = checkpoint.stem if checkpoint.suffix else checkpoint.name
     drawn = severities_in(odm.sample(checkpoint, "0:3:1", each=each, out=f"samples/{name}"))
-    asked = np.arange(0, 3.1, 0.25)
-    found = severities_in(odm.sample(checkpoint, "0:3:0.25", each=each // 2, out=f"samples/{name}-series"))
-    line = np.polyval(np.polyfit(asked, found, 1), asked)
-    off, bend = abs(found - asked).mean(), np.sqrt(np.square(found - line).mean())
+    series = severities_in(odm.sample(checkpoint, "0:3:0.25", each=each // 2, out=f"samples/{name}-series"))
     errors = moved(checkpoint, each // 2, Path(f"samples/{name}-moved"))
-    return [*drawn, off, bend, *read(checkpoint, each), *errors]
+    return [*drawn, *off_and_bend(series), *read(checkpoint, each), *errors]
+
+
+def off_and_bend(series: list[float]) -> tuple[float, float]:
+    """Of the mean severities measured where ASKED was asked for."""
+    line = np.polyval(np.polyfit(ASKED, series, 1), ASKED)
+    return abs(series - ASKED).mean(), np.sqrt(np.square(series - line).mean())
 
 
 def without_a_network(each: int) -> None:
     """What the numbers of a network compare with."""
     _, files = fresh_drawings(each)
     grade, true = grades_and_severities(files)
+    series = [demo.measure(truths_of(files, severity).numpy()).mean() for severity in ASKED]
+    off, bend = off_and_bend(series)
+    print(f"fresh scenes drawn truly in quarter steps: off {off:.3f}, bend {bend:.3f}")
     demo.make(HERE / "demo")
     images, labels, _ = odm.load_images(HERE / "demo", 32)
+    measured = [demo.measure(images[labels == c].numpy()).mean() for c in range(4)]
+    print("the embedded set: severity measured at grade 0, 1, 2, 3:", " ".join(f"{m:.3f}" for m in measured))
     colour = torch.stack([odm.to_unit(images[labels == c]).mean((0, 2, 3)) for c in range(4)])
     _, files = fresh_drawings(each // 2)
     given, own = odm.read_squares(files, size=32), grades_and_severities(files)[0]
