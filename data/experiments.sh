@@ -84,7 +84,6 @@ END
 
 knees() { # the paper's Table 1, on radiographs
     pick data/knee "$n" samples/knee-real 32
-    pick data/knee-test 400 data/knee-400 32
     for seed in $seeds; do
         knee "knee-dm-$seed" $((4 * steps)) --seed "$seed" --ordinal 0
         knee "knee-odm-$seed" $((4 * steps)) --seed "$seed"
@@ -113,6 +112,7 @@ settings() { # one seed of DM, ODM and other settings on radiographs, for a quar
 knee() { # NAME STEPS FLAGS...: trains runs/NAME on radiographs, draws and reads
     train "$1" --data data/knee --steps "$2" "${@:3}"
     python odm.py sample --checkpoint "runs/$1" -n "$n" --out "samples/$1"
+    pick data/knee-test 400 data/knee-400 32
     python odm.py grade data/knee-400 --checkpoint "runs/$1" > "grades-$1.csv"
 }
 
