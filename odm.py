@@ -878,7 +878,7 @@ class Log:
     def means(self, last: int) -> str:
         rows = [row.split(",") for row in self.read()[1:][-last:]]
         dm, ordinal = np.mean([[float(row[2]), float(row[3])] for row in rows], axis=0)
-        line = [f"  straightness {row[5]}  gap {row[6]}" for row in rows if row[6]]
+        line = [f"  straightness {float(row[5]):.2f}  gap {float(row[6]):.4f}" for row in rows if row[6]]
         return f"  L_DM {dm:.4f}  lambda_t L_ordinal {ordinal:.6f}" + "".join(line[-1:])
 
 
