@@ -9,7 +9,6 @@
 
 import csv
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -20,13 +19,12 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from subprocess import PIPE, Popen
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from PIL import Image
 
@@ -37,9 +35,9 @@ HERE = Path(__file__).resolve().parent
 DEMO = HERE / "data" / "demo.pt"
 torch.set_num_threads(1)  # networks of the tests are too small to share
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
-spec = importlib.util.spec_from_file_location("demo", HERE / "data" / "demo.py")
-demo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(demo)
+sys.path.insert(0, str(HERE / "data"))
+import demo
+
 TINY = dict(size=8, ch=8, groups=2, ch_mult=(1, 2), blocks=1, attention=(4,), timesteps=50, batch=8, steps=6,
             warmup=2, lr=1e-3, sample_steps=4, log_every=2, save_every=2, sheet_every=0, device="cpu")
 ALPHA_BAR = odm.alpha_bars(odm.Config())
@@ -54,14 +52,19 @@ def noise(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def write_images(root, names_and_counts, size=(12, 10), seed=0, low=0):
+def write_image(path, seed, low=0, sides=(16, 16)):
+    """Random pixels; the seed may be a generator."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(low, 256, (*sides, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_images(root, names_and_counts, seed=0, **how):
     """A tree of class folders with random images; returns root."""
     rng = np.random.default_rng(seed)
     for name, count in names_and_counts.items():
-        (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            pixels = rng.integers(low, 256, (size[1], size[0], 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{name.split('/')[-1].replace(' ', '')}_{i}.png")
+            write_image(root / name / f"{name.split('/')[-1].replace(' ', '')}_{i}.png", rng, **how)
     return root
 
 
@@ -72,7 +75,7 @@ def graded(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("graded"), counts)
 
 
-def settings(data, out, **changes) -> odm.Config:
+def settings(data="", out="", **changes) -> odm.Config:
     """Those of a tiny run."""
     return odm.Config(**{**TINY, "data": str(data), "out": str(out), **changes})
 
@@ -87,6 +90,10 @@ def state_of(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
+def pictures(root):
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*.png")}
+
+
 def metrics_of(out):
     return np.genfromtxt(out / "metrics.csv", delimiter=",", names=True)
 
@@ -96,7 +103,7 @@ def train_flags(**changes) -> list[str]:
     argv = ["train"]
     for name, value in {**TINY, **changes}.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        argv += ["--" + name.replace("_", "-"), text]
+        argv += [odm.flag(name), text]
     return argv
 
 
@@ -134,7 +141,7 @@ def test_q_sample_is_equation_1_applied_t_times():
 # --------------------------------------------------------------------------------------- losses
 
 
-def by_hand(p, q, r, distance="euclidean", share=None) -> float:
+def by_hand(p, q, r, distance, share) -> float:
     """Eq. 5 of one triplet; distances are root mean squares, or mean squares."""
     power = 1.0 if distance == "squared" else 0.5
     pq, qr, pr = ((a - b).square().mean().item() ** power for a, b in ((p, q), (q, r), (p, r)))
@@ -143,28 +150,11 @@ def by_hand(p, q, r, distance="euclidean", share=None) -> float:
     return (pq - pr * share) ** 2 + (qr - pr * (1 - share)) ** 2
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "squared"])
-@pytest.mark.parametrize("shares", [[None] * 3, [0.1, 0.5, 0.8]])
-def test_ordinal_loss_equals_a_loop(distance, shares):
-    p, q, r = noise(3, 3, 3, 5, 5)
-    found = odm.ordinal_loss(p, q, r, distance, None if None in shares else torch.tensor(shares))
-    expected = [by_hand(p[g], q[g], r[g], distance, shares[g]) for g in range(3)]
-    assert max_error(found, expected) < 1e-5
-
-
 def test_where_the_ordinal_loss_is_zero():
     """On ordered lines and, with the norm as printed, at right angles instead."""
-    direction = torch.arange(12.0).view(1, 3, 2, 2)
-    rms = direction.square().mean().sqrt().item()
-    for places, distance, expected in (
-        ((0, 1, 4), "euclidean", 0),
-        ((0, 4, 1), "euclidean", (6 * rms) ** 2),  # 1 - (4 + 3): out of order
-        ((0, 1, 4), "squared", (6 * rms**2) ** 2),  # 2 <p-q, q-r>
-    ):
-        found = odm.ordinal_loss(*(place * direction for place in places), distance).item()
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    p, q, r = torch.tensor([[[3.0, 0]], [[0.0, 0]], [[0.0, 5]]])
-    assert odm.ordinal_loss(p, q, r, "squared").item() == 0 and odm.ordinal_loss(p, q, r).item() > 1
+    line, corner = torch.tensor([[[0.0, 0], [3, 0], [7, 0]], [[3, 0], [0, 0], [0, 5]]])[:, :, None]
+    assert odm.ordinal_loss(*line) < 1e-9 and odm.ordinal_loss(*line, "squared") == 12**2  # 2 <p-q, q-r>
+    assert odm.ordinal_loss(*corner, "squared") == 0 and odm.ordinal_loss(*corner) > 1
 
 
 @pytest.mark.parametrize("distance, low, high", [("euclidean", 0.99, 1.0001), ("squared", 0.66, 0.76)])
@@ -193,16 +183,13 @@ def test_straightness_over_the_triplets_of_four_classes():
 
 def test_bfloat16_does_not_drown_the_ordinal_loss():
     """Estimates of classes differ by 0.003 at t = 900: rounded throughout, the loss is ten times too high."""
-    with odm.checkpoint_at(DEMO) as state:
-        pass
     frames = [demo.draw(*demo.scene(9, grade, 0), 32) for grade in range(4)]
     x_0 = odm.to_unit(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))
     t = torch.full((4,), 900)
     x_t = odm.q_sample(x_0, t, noise(*x_0.shape), ALPHA_BAR)
     loss = {}
     for precision in ("float32", "bfloat16"):
-        model = odm.UNet(replace(state["config"], precision=precision), 4).eval()
-        model.load_state_dict(state["ema"])
+        model = odm.load_network(DEMO, "cpu", precision=precision).model
         with torch.no_grad():
             p, q, r = (model(x_t, t, torch.full_like(t, c)) for c in (0, 1, 3))
         assert p.dtype == torch.float32
@@ -218,7 +205,7 @@ SEVERITIES = (0.0, 1.0, 2.5, 4.0)
 
 def drawn(step=0, B=8, **changes):
     """(settings, a batch of LABELS)."""
-    config = odm.Config(**{**TINY, **changes})
+    config = settings(**changes)
     return config, odm.draw_batch(LABELS, SEVERITIES, config, B, torch.Generator().manual_seed(step))
 
 
@@ -261,7 +248,8 @@ def test_each_image_has_its_own_t_and_coin_and_classes_come_by_balance(balance, 
     assert times == set(range(1, 51))
 
 
-@pytest.mark.parametrize("changes", [{}, {"triplets": "images"}, {"spacing": True}, {"ordinal": 0.0}])
+@pytest.mark.parametrize("changes", [
+    {}, {"triplets": "images"}, {"spacing": True}, {"distance": "squared"}, {"ordinal": 0.0}])
 def test_total_loss_is_equation_8(changes):
     """Against one image and one triplet at a time, with a model that is a formula."""
     direction, images = noise(5, 3, 8, 8, seed=7), noise(100, 3, 8, 8, seed=8)
@@ -280,10 +268,10 @@ def test_total_loss_is_equation_8(changes):
             if 4 not in batch.label[rows]:  # the null class has no place in the order
                 share = batch.share[g].item() if config.spacing else None
                 lambda_t = config.ordinal * batch.t[g].item() / 50
-                ordinal += lambda_t * by_hand(*(estimates[row] for row in rows), share=share)
+                ordinal += lambda_t * by_hand(*(estimates[row] for row in rows), config.distance, share)
         ordinal /= 3 * 0.7  # a quarter of 13 images, of which 0.7 are labelled on average
         found = odm.total_loss(model, x_0, eps, batch, alpha_bar, config)
-        assert max_error(torch.stack(found), [dm + ordinal, dm, ordinal]) < 1e-5
+        assert torch.stack(found).tolist() == pytest.approx([dm + ordinal, dm, ordinal], rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -421,19 +409,16 @@ def test_moved_drawings_are_near_their_truth(fresh, tmp_path):
     """A scene can be drawn at any severity: a moved drawing is nearer to that than the given one."""
     given = fresh[0] / "patient 1"
     out = odm.sample(image=given, severity="0:2:1", checkpoint=DEMO, out=tmp_path, sample_steps=15)
-    unit = lambda file: odm.read_square(file, 32).float() / 127.5 - 1
-    rms = lambda a, b: (a - b).square().mean().sqrt().item()
+    rms = lambda file, truth: np.square(odm.read_square(file, 32).numpy() - truth).mean() ** 0.5
     for target in range(3):
         moved, unmoved = [], []
         for grade in {0, 1, 2, 3} - {target}:
-            Image.fromarray(demo.draw(target, demo.scene(99, grade, 1)[1])).save(tmp_path / "truth.png")
-            truth = unit(tmp_path / "truth.png")
-            moved.append(rms(unit(out / f"Mayo {target}" / f"Mayo {grade}-a.png"), truth))
-            unmoved.append(rms(unit(given / f"Mayo {grade}" / "a.png"), truth))
+            truth = 1.0 * demo.draw(target, demo.scene(99, grade, 1)[1], 32).transpose(2, 0, 1)
+            moved.append(rms(out / f"Mayo {target}" / f"Mayo {grade}-a.png", truth))
+            unmoved.append(rms(given / f"Mayo {grade}" / "a.png", truth))
         assert np.mean(moved) < 0.85 * np.mean(unmoved), target
     with Image.open(out / "series.gif") as series:
         assert series.n_frames == 4  # 0, 1, 2, 1
-    (tmp_path / "truth.png").unlink()
     assert len(odm.list_files(out)) == 3 * 4  # without the series and the sheet
 
 
@@ -461,7 +446,7 @@ def test_unet_is_the_published_one():
 
 
 def test_downsampling_pads_right_and_below_only():
-    down = odm.UNet(odm.Config(**{**TINY, "ch": 4, "groups": 1}), 4).down[1]
+    down = odm.UNet(settings(ch=4, groups=1), 4).down[1]
     down[1] = torch.nn.Conv2d(1, 1, 3, stride=2, bias=False)
     corners = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 100]])  # of each 3x3 window
     down[1].weight.data = corners.view(1, 1, 3, 3)
@@ -487,27 +472,43 @@ def test_the_rows_of_a_root_share_their_dropout_mask():
 
 def test_learning_rate_and_averaged_weights_in_closed_form():
     """After step n = 1, 2, ... of training itself, with m = min(ema, (n + 1) / (n + 10))."""
-    config = odm.Config(**{**TINY, "ema": 0.4, "lr": 0.01, "steps": 8, "decay": 0.5})
+    config = settings(ema=0.4, lr=0.01, steps=8, decay=0.5)
     model, images = odm.UNet(config, 4), torch.randint(0, 256, (100, 3, 8, 8), dtype=torch.uint8)
     ema, optimizer = odm.UNet(config, 4), torch.optim.Adam(model.parameters())
-    expected, alpha_bar, rates = [p.detach().clone() for p in ema.parameters()], odm.alpha_bars(config), []
+    weights = lambda network: torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+    expected, alpha_bar, rates = weights(ema), odm.alpha_bars(config), []
     for step in range(8):
         odm.training_step(model, ema, optimizer, images, drawn(step)[1], alpha_bar, config, step)
         rates.append(optimizer.param_groups[0]["lr"] / 0.01)
         m = min(0.4, (2 + step) / (11 + step))
-        expected = [m * e + (1 - m) * p.detach() for e, p in zip(expected, model.parameters())]
-    assert max(max_error(e.detach(), p.detach()) for e, p in zip(expected, ema.parameters())) < 1e-6
+        expected = m * expected + (1 - m) * weights(model)
+    assert max_error(expected, weights(ema)) < 1e-6
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])  # 2 steps rise, the last half falls
 
 
+def test_a_step_mirrors_images_and_clips_gradients():
+    class Recorder(torch.nn.Linear):
+        """Of no noise at all, x_t is x_0."""
+
+        def forward(self, x_t, t, c, root):
+            self.seen = x_t
+            return 1000 * self.weight * x_t
+
+    model, images = Recorder(1, 1, bias=False), torch.randint(0, 256, (100, 3, 8, 8), dtype=torch.uint8)
+    config, batch = drawn(flip=True)
+    assert 0 < batch.flip.sum() < 8
+    optimizer = torch.optim.Adam(model.parameters())
+    losses = odm.training_step(model, Recorder(1, 1, bias=False), optimizer, images, batch,
+                               torch.ones(config.timesteps + 1), config, 0)
+    for image, root, seen in zip(batch.image, batch.root, model.seen):
+        x_0 = odm.to_unit(images[image])
+        assert torch.equal(seen, x_0.flip(-1) if batch.flip[root] else x_0)
+    assert losses[3] > 1 and model.weight.grad.norm().item() == pytest.approx(1, abs=1e-4)
+
+
 def assert_same_run(one, other):
-    one_state, other_state = state_of(one), state_of(other)
-    for part in ("model", "ema"):
-        for name, value in one_state[part].items():
-            assert torch.equal(value, other_state[part][name]), name
-    for i, moments in one_state["optimizer"]["state"].items():
-        for name, value in moments.items():
-            assert torch.equal(value, other_state["optimizer"]["state"][i][name]), name
+    for part in ("model", "ema", "optimizer"):
+        torch.testing.assert_close(state_of(one)[part], state_of(other)[part], rtol=0, atol=0)
     for file in ("metrics.csv", "sheet.png"):
         assert (one / file).read_bytes() == (other / file).read_bytes()
 
@@ -549,10 +550,10 @@ def test_init_starts_from_another_runs_averaged_weights(run, graded, tmp_path):
 
 def test_the_last_sheet_is_drawn_where_a_kill_prevented_it(graded, tmp_path, monkeypatch):
     config = settings(graded, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(odm, "draw_images", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            odm.train(config)
+    monkeypatch.setattr(odm, "draw_images", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        odm.train(config)
+    monkeypatch.undo()
     assert state_of(tmp_path)["step"] == 6 and not (tmp_path / "sheet.png").exists()
     odm.train(config)
     assert (tmp_path / "sheet.png").exists()
@@ -574,7 +575,7 @@ def test_progress_is_said_after_the_first_step_and_its_means_outlive_a_save(grad
 
 def test_training_learns_and_the_ordinal_loss_straightens(tmp_path):
     """The point of it all, on 8 images: with a heavy W estimates come to lie on a line; without, not."""
-    data, straight = write_images(tmp_path / "data", {"0": 2, "1": 2, "2": 2, "3": 2}, size=(8, 8)), []
+    data, straight = write_images(tmp_path / "data", {"0": 2, "1": 2, "2": 2, "3": 2}, sides=(8, 8)), []
     for weight in (0.0, 30.0):
         changes = dict(ch=16, steps=120, lr=3e-3, ema=0.9, log_every=120, save_every=120)
         out = odm.train(settings(data, tmp_path / f"{weight}", ordinal=weight, flip=False, **changes))
@@ -604,15 +605,15 @@ def test_a_run_that_fails_keeps_its_last_checkpoint(graded, tmp_path, capsys, mo
         assert (tmp_path / "checkpoint.pt").read_bytes() == before and sorted(tmp_path.iterdir()) == names
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stop_signals_save_and_say_how_to_go_on(graded, tmp_path, number, status):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signals_save_and_say_how_to_go_on(graded, tmp_path, number):
     argv = train_flags(steps=100_000, save_every=100_000, data=graded, out="a b/\u00e9")
     process = command(HERE / "odm.py", *argv, cwd=tmp_path)
     while "steps" not in process.stdout.readline() and process.poll() is None:
         pass
     process.send_signal(number)
     said, errors = process.communicate(timeout=60)
-    assert process.returncode == status and errors == ""
+    assert process.returncode == 128 + number and errors == ""
     step = state_of(tmp_path / "a b" / "\u00e9")["step"]
     assert f"stopped and saved at step {step:,}; the same command goes on" in said
     assert metrics_of(tmp_path / "a b" / "\u00e9")["step"][-1] == step
@@ -637,7 +638,7 @@ odm.dist.destroy_process_group()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
     # Losses and gradient of the first step are the means of those that each process would have alone.
-    config = settings(graded, tmp_path, **changes)
+    config = settings(dropout=0.1, lr=0.0)
     images, labels, _ = odm.load_images(graded, 8)
     torch.manual_seed(odm.seed_of("weights", 0))
     model = odm.UNet(config, 4).train()
@@ -647,18 +648,15 @@ odm.dist.destroy_process_group()
         batch = odm.draw_batch(labels, (0.0, 1.0, 2.0, 3.0), config, 4, rng)
         torch.manual_seed(odm.seed_of("eps", 0, 0, rank))
         alone = lambda tensors: found.append(torch.cat([tensor.flatten() for tensor in tensors]))
-        still = replace(config, lr=0.0)
-        odm.training_step(model, model, optimizer, images, batch, odm.alpha_bars(config), still, 0, alone)
+        odm.training_step(model, model, optimizer, images, batch, odm.alpha_bars(config), config, 0, alone)
     losses, gradient = ((found[0] + found[1]) / 2).split([3, len(found[0]) - 3])
     row = metrics_of(tmp_path / "whole")[0]
     expected = [row[name] for name in ("loss", "dm", "ordinal", "grad_norm")]
     assert max_error([*losses, gradient.norm()], expected) < 1e-5
 
     odm.sample(tmp_path / "whole", n=20, batch=4, out=tmp_path / "one")
-    pngs = sorted((tmp_path / "one").rglob("*.png"))
-    assert len(pngs) == 21  # and the sheet
-    for png in pngs:
-        assert png.read_bytes() == (tmp_path / "two" / png.relative_to(tmp_path / "one")).read_bytes()
+    one = pictures(tmp_path / "one")
+    assert len(one) == 21 and one == pictures(tmp_path / "two")  # 21: and the sheet
     for argv in (train_flags(data=tmp_path / "absent"),
                  train_flags(data=graded, out=HERE / "odm.py")):  # where only the first process can know
         _, errors = command(*launch, HERE / "odm.py", *argv).communicate(timeout=120)
@@ -667,12 +665,6 @@ odm.dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------- data
-
-
-def bmp(path, seed, size=(8, 8)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
 
 
 def classes_of(root, *args, **kwargs):
@@ -687,10 +679,10 @@ def test_limuc_both_layouts_side_by_side(tmp_path, capsys):
         for grade, count in enumerate(counts):
             for n in range(n + 1, n + 1 + count):
                 for folder in (tmp_path / split, by_patient / f"{n % 5 + 1}"):
-                    bmp(folder / f"Mayo {grade}" / f"UC_patient_{n}_1.bmp", n)
-    bmp(tmp_path / "test_set" / "Mayo 1" / "New folder (2)" / "UC_patient_99_1.bmp", 99)
-    bmp(by_patient / "7" / "Mayo 2" / "copy" / "UC_patient_98_1.bmp", 98)
-    bmp(by_patient / "2" / "Mayo 0" / "Mayo 0" / "UC_patient_97_1.bmp", 97)
+                    write_image(folder / f"Mayo {grade}" / f"UC_patient_{n}_1.bmp", n)
+    write_image(tmp_path / "test_set" / "Mayo 1" / "New folder (2)" / "UC_patient_99_1.bmp", 99)
+    write_image(by_patient / "7" / "Mayo 2" / "copy" / "UC_patient_98_1.bmp", 98)
+    write_image(by_patient / "2" / "Mayo 0" / "Mayo 0" / "UC_patient_97_1.bmp", 97)
     (tmp_path / "test_set" / "Mayo 1" / "._UC_patient_1_1.bmp").write_bytes(b"x")  # of a Mac
     assert classes_of(tmp_path) == (["Mayo 0", "Mayo 1", "Mayo 2", "Mayo 3"], [7, 4, 3, 1])
     assert "12 twins" in capsys.readouterr().out
@@ -699,7 +691,7 @@ def test_limuc_both_layouts_side_by_side(tmp_path, capsys):
 
 def test_only_equal_images_of_one_class_and_name_are_twins(tmp_path):
     for folder, seed in (("train/0", 1), ("test/0", 2), ("third/0", 2), ("test/1", 2)):
-        bmp(tmp_path / folder / "1.bmp", seed)
+        write_image(tmp_path / folder / "1.bmp", seed)
     assert classes_of(tmp_path)[1] == [2, 1]  # the second and third of class 0 are one
 
 
@@ -720,23 +712,22 @@ def test_which_folder_is_the_class_and_in_what_order(tmp_path, capsys):
     assert classes_of(below, order="b,a") == (["b", "a"], [15, 15])
     patients = tree("patients", {"1/0": 2, "1/1": 1, "2/0": 1, "2/2": 1})
     assert classes_of(patients) == (["0", "1", "2"], [3, 1, 1])
-    above = tree("above", {"x/Mayo 0": 1, "x/Mayo 1": 1})
-    write_images(tmp_path, {"above": 1})
-    capsys.readouterr()
-    assert classes_of(above)[1] == [1, 1] and "1 without a class" in capsys.readouterr().out
+    above = tree("above", {"x/Mayo 0": 1, "x/Mayo 1": 1, "": 1})  # one above the classes: of none
+    assert classes_of(above)[1] == [1, 1]
     numbers = tree("numbers", {"grade 10": 1, "grade 9": 1, "grade 2": 1})
     assert classes_of(numbers)[0] == ["grade 2", "grade 9", "grade 10"]
     tree("names", {"No_DR": 2, "Mild": 1}, order="No_DR,Grave", refused="name each of them once")
 
 
-def test_linked_folders_are_read_and_loops_do_no_harm(tmp_path, capsys):
+def test_linked_folders_are_read_and_loops_do_no_harm(tmp_path):
     data = write_images(tmp_path / "data", {"0": 2, "1": 2})
     (data / "5").symlink_to(write_images(tmp_path / "outside", {"5": 3}) / "5")
     (data / "0" / "loop").symlink_to(data)
     (data / "a second name").symlink_to(data / "1")
     assert classes_of(data) == (["0", "1", "5"], [2, 2, 3])
     (data / "1" / "dangling.png").symlink_to(tmp_path / "nothing")
-    assert "dangling.png" in error_of(capsys, odm.main, *train_flags(data=data, out=tmp_path / "run"))
+    with pytest.raises(odm.UserError, match="dangling.png"):
+        classes_of(data)
 
 
 def test_crop_is_the_middle_128_of_a_frame_and_the_middle_square_of_others(tmp_path):
@@ -756,52 +747,50 @@ def test_crop_is_the_middle_128_of_a_frame_and_the_middle_square_of_others(tmp_p
 
 
 def test_grades_from_a_csv(tmp_path, capsys):
-    data = write_images(tmp_path, {"eyepacs/eyepacs": 7})
-    stems = "10_left 10_right 13_left 15_left 16_left 17_left unlisted"
-    for stem, file in zip(stems.split(), sorted(data.rglob("*.png"))):
-        file.rename(file.with_name(f"{stem}.png"))
+    for i, stem in enumerate("10_left 10_right 13_left 15_left 16_left 17_left unlisted".split()):
+        write_image(tmp_path / "eyepacs" / "eyepacs" / f"{stem}.png", i)
     rows = "0,10_left 0,10_right 4,13_left 2,15_left 1,16_left 3,17_left 0,404_left".split()
-    (data / "trainLabels.csv").write_text("\n".join(["level,image", *rows]))
-    images, labels, names = odm.load_images(data, 8)
+    (tmp_path / "trainLabels.csv").write_text("\n".join(["level,image", *rows]))
+    images, labels, names = odm.load_images(tmp_path, 8)
     assert names == ["0", "1", "2", "3", "4"] and labels.tolist() == [0, 0, 4, 2, 1, 3]
-    assert torch.equal(images[2], odm.read_square(data / "eyepacs" / "eyepacs" / "13_left.png", 8))
+    assert torch.equal(images[2], odm.read_square(tmp_path / "eyepacs" / "eyepacs" / "13_left.png", 8))
     assert "1 without a class" in capsys.readouterr().out
-    (data / "second.csv").write_text("image,level,Usage\nunlisted.png,3,Public\n10_left\n")
-    assert classes_of(data)[1] == [2, 1, 1, 2, 1]  # both tables count
-    (data / "third.csv").write_text("image,level\n10_left,1\n")
-    argv = train_flags(data=data, out=tmp_path / "run")
-    assert "10_left a second grade" in error_of(capsys, odm.main, *argv)
+    (tmp_path / "second.csv").write_text("image,level,Usage\nunlisted.png,3,Public\n10_left\n")
+    assert classes_of(tmp_path)[1] == [2, 1, 1, 2, 1]  # both tables count
+    (tmp_path / "third.csv").write_text("image,level\n10_left,1\n")
+    with pytest.raises(odm.UserError, match="10_left a second grade"):
+        classes_of(tmp_path)
 
 
-def test_a_csv_of_other_columns_goes_before_folders(tmp_path, capsys):
+def test_a_csv_of_other_columns_goes_before_folders(tmp_path):
     data = write_images(tmp_path, {"a": 2, "b": 1})
     (data / "t.csv").write_text("path,Mayo\na/a_0.png,1\na/a_1,2\nb_0,3\n")
     assert classes_of(data, columns="path,Mayo") == (["1", "2", "3"], [1, 1, 1])
-    argv = train_flags(data=data, out=tmp_path / "run")
-    assert "--columns path,grade: no CSV" in error_of(capsys, odm.main, *argv, "--columns", "path,grade")
+    with pytest.raises(odm.UserError, match="--columns path,grade: no CSV"):
+        classes_of(data, columns="path,grade")
     (data / "t.csv").write_text("id_code,diagnosis\na_0,7\nb_0,9\n")  # APTOS'
     assert classes_of(data)[0] == ["7", "9"]
 
 
 def test_pixels_are_read_right(tmp_path):
-    def pixels(image, name, *at, **options):
+    def pixels(image, name, **options):
         image.save(tmp_path / name, **options)
-        return [odm.read_image(tmp_path / name).getpixel(place) for place in at]
+        return np.asarray(odm.read_image(tmp_path / name))
 
     sixteen = Image.fromarray(np.array([[0, 32896, 65535]], np.uint16))
-    assert pixels(sixteen, "sixteen.png", (0, 0), (1, 0), (2, 0)) == [(0,) * 3, (128,) * 3, (255,) * 3]
-    cmyk = pixels(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "cmyk.jpg", (0, 0), quality=95)
-    assert np.abs(np.subtract(cmyk, (255, 0, 0))).max() < 12
+    assert pixels(sixteen, "sixteen.png").tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
+    cmyk = pixels(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "cmyk.jpg", quality=95)
+    assert abs(cmyk - (255, 0, 0)).max() < 12
     turned, exif = Image.new("RGB", (4, 2), "white"), Image.Exif()
     turned.putpixel((0, 0), (255, 0, 0))
     exif[0x0112] = 6  # to be shown turned 90 degrees clockwise
-    assert pixels(turned, "turned.png", (1, 0), (0, 3), exif=exif) == [(255, 0, 0), (255,) * 3]
+    assert np.argwhere(pixels(turned, "turned.png", exif=exif) == 0).tolist() == [[0, 1, 1], [0, 1, 2]]
     with pytest.raises(odm.UserError, match="float.tif.*32 bits"):
-        pixels(Image.fromarray(np.full((2, 2), 1.5, np.float32)), "float.tif", (0, 0))
+        pixels(Image.fromarray(np.full((2, 2), 1.5, np.float32)), "float.tif")
 
 
 def damaged(rng, folder):
-    """(suffix, bytes) of images of many kinds: cut, a bit turned, a stretch of zeros, another header."""
+    """Images of many kinds: cut, a bit turned, a stretch of zeros, another header."""
     pixels, whole = Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)), []
     for name, image, options in (
         ("a.png", pixels, {}), ("b.jpg", pixels, {"progressive": True}), ("c.bmp", pixels, {}),
@@ -809,8 +798,8 @@ def damaged(rng, folder):
         ("g.jpg", pixels.convert("CMYK"), {}), ("h.png", pixels.resize((1, 5000)), {}),
     ):
         image.save(folder / name, **options)
-        whole.append((Path(name).suffix, (folder / name).read_bytes()))
-    for damage, (suffix, content), _ in itertools.product(range(4), whole, range(9)):
+        whole.append((folder / name).read_bytes())
+    for damage, content, _ in itertools.product(range(4), whole, range(9)):
         content, at = bytearray(content), rng.integers(len(content))
         if damage == 0:
             del content[at:]
@@ -820,15 +809,15 @@ def damaged(rng, folder):
             content[at : at + 64] = bytes(64)
         else:  # where sizes are claimed
             content[rng.integers(40)] = rng.integers(256)
-        yield suffix, bytes(content)
-    yield from ((".png", b""), (".jpg", b"text, no image"), (".ppm", b"P6 60000 60000 255\n"))
+        yield content
+    yield from (b"", b"text, no image", b"P6 60000 60000 255\n")
 
 
 def test_hostile_images_are_read_or_named(tmp_path):
     """Each gives pixels or one line with its name, in bounded memory."""
     read, refused = 0, []
-    for i, (suffix, content) in enumerate(damaged(np.random.default_rng(0), tmp_path)):
-        file = tmp_path / f"{i}{suffix}"
+    for i, content in enumerate(damaged(np.random.default_rng(0), tmp_path)):
+        file = tmp_path / f"{i}"
         file.write_bytes(content)
         try:
             image = odm.read_square(file, 16)
@@ -849,12 +838,12 @@ def test_sample_folders_and_sheet(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = odm.sample(run, n=20)
     assert out == Path("samples/tiny-6")  # of the run, at its step: later ones go elsewhere
-    assert [len(list((out / f"Mayo {g}").glob("*.png"))) for g in range(4)] == [9, 5, 3, 3]  # as in training
-    before = {p: p.read_bytes() for p in out.rglob("0*.png")}
+    assert [len(pictures(out / f"Mayo {g}")) for g in range(4)] == [9, 5, 3, 3]  # as in training
+    before = pictures(out)
     (out / "Mayo 1" / "00002.png").unlink()
     times = {p: p.stat().st_mtime_ns for p in out.rglob("0*.png")}
     odm.sample(run, n=20)
-    assert {p: p.read_bytes() for p in out.rglob("0*.png")} == before
+    assert pictures(out) == before
     assert {p: p.stat().st_mtime_ns for p in times} == times  # what is there is not even written again
     with pytest.raises(odm.UserError, match="settings"):
         odm.sample(run, n=20, seed=1)
@@ -863,9 +852,9 @@ def test_sample_folders_and_sheet(run, tmp_path, monkeypatch):
     names = {p.name for p in series.iterdir() if p.is_dir()}
     assert names == {"0.5", "1.5", "2.5", "Mayo 0", "Mayo 1", "Mayo 2", "Mayo 3"}
     between = odm.sample(run, "0:1:0.5", n=21, out="between")  # 9 and 5 in training, 7 between them
-    assert [len(list((between / name).glob("*.png"))) for name in ("Mayo 0", "0.5", "Mayo 1")] == [9, 7, 5]
-    alone = odm.sample(run, "0:3:3", each=1, out="alone")  # a row is one noise, whatever the steps
-    assert (series / "Mayo 3" / "00000.png").read_bytes() == (alone / "Mayo 3" / "00000.png").read_bytes()
+    assert [len(pictures(between / name)) for name in ("Mayo 0", "0.5", "Mayo 1")] == [9, 7, 5]
+    low, high = (odm.read_square(series / name / "00000.png", 8).int() for name in ("Mayo 0", "Mayo 3"))
+    assert (low - high).abs().max() < 20  # a row is one noise; this network hardly knows its classes
 
 
 def test_image_i_depends_on_seed_class_and_i_alone(run, tmp_path):
@@ -905,7 +894,7 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     broken = write_images(tmp_path / "broken", {"0": 1, "1": 1, "2": 1})
-    (broken / "1" / "1_0.png").write_bytes((broken / "1" / "1_0.png").read_bytes()[:60])
+    (broken / "1" / "1_0.png").write_bytes(b"")
     damaged = write_images(tmp_path / "damaged", {"0": 1, "1": 1, "2": 1})
     (damaged / "damaged.csv").write_text('image,level\n"' + 200_000 * "x")  # a quote that never ends
     lock = odm.lock_folder(tmp_path / "busy")
@@ -940,13 +929,10 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
     lock.close()
 
 
-def test_a_process_that_is_not_the_first_tells_of_its_own_memory_alone(monkeypatch, capsys):
+def test_a_process_that_is_not_the_first_tells_of_its_own_memory(monkeypatch, capsys):
     monkeypatch.setattr(odm, "LOCAL_RANK", 1)
-    for error, told in ((odm.UserError("the same everywhere"), ""), (MemoryError(), "out of memory")):
-        monkeypatch.setattr(odm, "train", lambda config: (_ for _ in ()).throw(error))
-        assert odm.main(["train"]) == 2
-        said = capsys.readouterr().err
-        assert told in said and bool(said) == bool(told)
+    monkeypatch.setattr(odm, "train", lambda config: np.zeros(2**46))  # 512 TiB
+    assert "out of memory" in error_of(capsys, odm.main, "train")
 
 
 def test_a_row_of_metrics_names_its_step_to_the_last_digit(tmp_path):
@@ -955,14 +941,11 @@ def test_a_row_of_metrics_names_its_step_to_the_last_digit(tmp_path):
     assert log.read()[-1] == "12345678,1,1,1,1,,"
 
 
-class Bomb:
-    """Pickled, it makes a folder where it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
+class Bomb(str):
+    """A path: pickled, it makes that folder where it is loaded."""
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, (str(self),)
 
 
 def test_damaged_and_hostile_checkpoints_are_refused(run, tmp_path, capsys):
@@ -978,19 +961,35 @@ def test_damaged_and_hostile_checkpoints_are_refused(run, tmp_path, capsys):
             evil.write_bytes(content)
         return error_of(capsys, odm.main, "sample", "--checkpoint", evil, "--out", tmp_path / "o")
 
-    middle, bomb = len(whole) // 2, Bomb(tmp_path / "it ran")
-    turned = whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
-    for content in (whole[:-2000], turned, pickle.dumps(bomb), {**state, "extra": bomb}):
+    turned, bomb = bytearray(whole), Bomb(tmp_path / "it ran")
+    turned[len(whole) // 2] ^= 4
+    other = {**state, "config": {**state["config"], "ch": 16}}
+    for content in (whole[:-2000], turned, pickle.dumps(bomb), {**state, "extra": bomb}, other):
         assert "evil.pt: no whole checkpoint" in refusal(content)
-    assert "evil.pt: no whole checkpoint" in refusal({**state, "config": {**state["config"], "ch": 16}})
     for name in ("../../x", "/etc/x", "..", "a\\b"):
         state["classes"]["names"][0] = name
         assert "cannot be the name of a folder" in refusal(state)
     assert list(tmp_path.iterdir()) == [evil]
 
 
-ODM_FLAGS = ["--" + f.name.replace("_", "-") for f in fields(odm.Config) if f.name not in ("data", "device")]
+ODM_FLAGS = [odm.flag(f.name) for f in fields(odm.Config) if f.name not in ("data", "device")]
 FID_FLAGS = "--dims --weights --size --crop --order -k --batch --json --plot --trained-on --no".split()
+
+
+def test_what_the_readme_begins_with(graded, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert odm.main(train_flags(data=graded)) == 0  # into runs/NAME
+    assert odm.main(["sample", "--class", "3"]) == 0  # 16 of the newest run
+    assert len(pictures(tmp_path / "samples" / f"{graded.name}-6" / "Mayo 3")) == 16
+    with pytest.raises(SystemExit):
+        odm.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ODM_FLAGS)
+    chosen = []
+    monkeypatch.setattr(odm, "train", chosen.append)
+    for words in ([], ["--data", "x"], ["--data", "x", "--preset", "small"]):
+        odm.main(["train", *words])
+    assert [config.size for config in chosen] == [32, 64, 32] and odm.check_config(chosen[0]) is None
 
 
 @pytest.mark.parametrize("main, words, names", [
@@ -1017,16 +1016,16 @@ def place(i, severities, size=32):
 
 
 def test_a_frame_depends_on_seed_grade_and_number_alone(tmp_path):
-    assert demo.make(tmp_path / "16", 16, seed=3, size=16) == demo.counts(16)
+    demo.make(tmp_path / "16", 16, seed=3, size=16)
     demo.make(tmp_path / "32", 32, seed=3, size=16)
     rows = list(csv.DictReader(open(tmp_path / "32" / "severity.csv")))
-    assert len(rows) == 32 == len(list(tmp_path.glob("32/*/*.png")))
+    assert len(rows) == 32
     for row in rows:
         severity, rng = demo.scene(3, int(row["file"][5]), int(row["file"][7:11]))
         assert abs(float(row["severity"]) - severity) < 1e-4
         assert np.array_equal(Image.open(tmp_path / "32" / row["file"]), demo.draw(severity, rng, 16))
-    for frame in tmp_path.glob("16/*/*.png"):  # a smaller set is the beginning of a larger one
-        assert frame.read_bytes() == (tmp_path / "32" / frame.parent.name / frame.name).read_bytes()
+    small, large = pictures(tmp_path / "16"), pictures(tmp_path / "32")
+    assert len(large) == 32 and small.items() <= large.items()  # the smaller begins the larger
     assert len({demo.scene(*at)[1].random() for at in ((3, 1, 0), (4, 1, 0), (3, 2, 0), (3, 1, 1))}) == 4
 
 
@@ -1058,12 +1057,11 @@ def test_measure_reads_fresh_frames_to_the_stated_error():
 
 
 def test_a_set_is_whole_and_left_alone_or_is_not_there(tmp_path, monkeypatch):
-    frames, times = itertools.count(1), []
-    with monkeypatch.context() as patch:
-        black = np.zeros((16, 16, 3), np.uint8)
-        patch.setattr(demo, "draw", lambda *_: black if next(frames) < 5 else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            demo.make(tmp_path / "set", 16, size=16)
+    frames, times = [np.zeros((16, 16, 3), np.uint8)] * 4, []
+    monkeypatch.setattr(demo, "draw", lambda *_: frames.pop())
+    with pytest.raises(IndexError):
+        demo.make(tmp_path / "set", 16, size=16)
+    monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
     for _ in range(2):
         assert demo.make(tmp_path / "set", 17, size=16) == demo.counts(17)
@@ -1082,12 +1080,8 @@ def test_command_line_of_the_drawings(tmp_path, capsys):
     argv = ["--out", str(tmp_path / "set"), "-n", "16", "--size", "16"]
     assert demo.main(argv) == 0 and "Mayo 0 9" in capsys.readouterr().out
     for words in ("-n 3", "--size 8", "--seed -1", "-n many", f"--out {tmp_path}"):
-        try:
-            status = demo.main([*argv, *words.split()])
-        except SystemExit as stop:  # argparse's
-            status = stop.code
-        error = capsys.readouterr().err
-        assert status == 2 and error.count("\n") == 1 and all(word in error for word in words.split()), error
+        error = error_of(capsys, demo.main, *argv, *words.split())
+        assert all(word in error for word in words.split()), error
 
 
 # --------------------------------------------------------------------------------------- fid.py
@@ -1112,7 +1106,7 @@ def test_frechet_against_eigenvalues_of_the_product(n, m, d):
     x, y = (normal(n, d, seed).float() @ normal(d, d, 2).float() + 100 for n, seed in ((n, 1), (m, 3)))
     y = 1.2 * y  # means so large cost statistics in float32 four digits
     mu1, mu2, s1, s2 = *(z.double().mean(0) for z in (x, y)), *(np.cov(z.T.double()) for z in (x, y))
-    root = np.sqrt(np.clip(scipy.linalg.eigvals(s1 @ s2).real, 0, None)).sum()
+    root = (np.linalg.eigvals(s1 @ s2).real.clip(0) ** 0.5).sum()
     expected = (mu1 - mu2).square().sum().item() + np.trace(s1) + np.trace(s2) - 2 * root
     assert fid.frechet_distance(x, y) == pytest.approx(expected, rel=1e-7)
     assert fid.frechet_distance_from_moments(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-7)
@@ -1296,17 +1290,17 @@ def folders(tmp_path_factory):
     sets = {"real": (9, 6, 5), "seen": (9, 6, 5), "dm/deeper": (10, 7, 6), "odm": (3, 4, 5)}
     for seed, name in enumerate(sets):
         for grade, n in enumerate(sets[name]):
-            write_images(root / name, {f"Mayo {grade}": n}, (16, 16), 9 * seed + grade, 60 * grade)
-    write_images(root, {"flat": 7}, (16, 16))
-    write_images(root, {"odm": 2, "odm/1.5": 3}, (16, 16))  # no classes of REAL
-    write_images(root / "between", {"0.5": 4, "1.5": 4}, (16, 16))
-    write_images(root / "wide", {"Mayo 0": 4}, (24, 16))
+            write_images(root / name, {f"Mayo {grade}": n}, 9 * seed + grade, low=60 * grade)
+    write_images(root, {"flat": 7})
+    write_images(root, {"odm": 2, "odm/1.5": 3})  # no classes of REAL
+    write_images(root / "between", {"0.5": 4, "1.5": 4})
+    write_images(root / "wide", {"Mayo 0": 4}, sides=(16, 24))
     (root / "dm" / "sample.json").write_text("{}")
     (root / "dm" / "sheet.png").write_bytes((root / "odm" / "1.5" / "1.5_0.png").read_bytes())
     seen = root / "seen" / "Mayo 2" / "Mayo2_1.png"
     (root / "odm" / "Mayo 0" / "Mayo0_0.png").write_bytes(seen.read_bytes())  # a copy
-    broken = write_images(root / "broken", {"Mayo 0": 4}, (16, 16)) / "Mayo 0" / "Mayo0_2.png"
-    broken.write_bytes(broken.read_bytes()[:300])
+    broken = write_images(root / "broken", {"Mayo 0": 4}) / "Mayo 0" / "Mayo0_2.png"
+    broken.write_bytes(b"")
     (root / "empty").mkdir()
     return root
 

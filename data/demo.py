@@ -231,13 +231,14 @@ def check(each: int = 150, seed: int = 2403) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("demo.py", description=__doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "demo", help="data/demo")
     parser.add_argument("-n", type=int, default=1100, metavar="COUNT", help="frames in all (1100)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other frames (0)")
     parser.add_argument("--size", type=int, default=64, metavar="PX", help="16 to 512 (64)")
     parser.add_argument("--check", action="store_true", help="draw nothing to disk, test measure()")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"demo.py: error: {message}\n")
     args = parser.parse_args(argv)
     if args.check:
         check()
@@ -245,10 +246,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         made = make(args.out, args.n, args.seed, args.size)
     except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"demo.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped, nothing kept", file=sys.stderr)
+        print("demo.py: stopped, nothing kept", file=sys.stderr)
         return 130
     print(f"{args.out}: " + ", ".join(f"Mayo {grade} {count}" for grade, count in enumerate(made)))
     return 0
