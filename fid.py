@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "numpy", "pillow>=10.1", "scipy"]
+# dependencies = ["torch>=2.5", "numpy", "pillow>=10.3", "scipy"]
 # ///
 """How good are generated images? FID, KID, precision and recall, overall and per class.
 

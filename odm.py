@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "numpy", "pillow>=10.1"]
+# dependencies = ["torch>=2.5", "numpy", "pillow>=10.3"]
 # ///
 """The Ordinal Diffusion Model: one script, read from top to bottom.
 
@@ -605,8 +605,8 @@ def read_image(path: str | Path) -> Image.Image:
     """An image file as RGB: turned upright (EXIF), 16 bits scaled to 8, first frame."""
     try:
         with Image.open(path) as image:  # which refuses more than 179 million pixels
-            sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-            if image.mode in ("I", "F") and not sixteen_bits:
+            sixteen_bits = image.mode.startswith("I;16")
+            if image.mode in ("I", "F"):
                 raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16")
             image = ImageOps.exif_transpose(image)
             if sixteen_bits:  # converting to RGB would clip it

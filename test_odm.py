@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "numpy", "pillow>=10.1", "scipy", "pytest"]
+# dependencies = ["torch>=2.5", "numpy", "pillow>=10.3", "scipy", "pytest"]
 # ///
 """Tests of odm.py, fid.py and data/demo.py against closed forms, loops and hand-made cases.
 
