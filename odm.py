@@ -568,7 +568,7 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 HERE = Path(__file__).resolve().parent
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -933,9 +933,9 @@ def sheet_of(columns: Sequence[tuple[str, Sequence[Tensor]]]) -> Image.Image:
     side = size * max(1, 128 // size)
     cell = side + 4  # with a gap of 4 to the next
     sheet = Image.new("RGB", (4 + len(columns) * cell, 28 + rows * cell), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    pen = ImageDraw.Draw(sheet)
     for x, (title, pictures) in enumerate(columns):
-        pen.text((4 + x * cell + side / 2, 14), title, "black", font, anchor="mm")
+        pen.text((4 + x * cell + side / 2, 14), title, "black", anchor="mm", font_size=15)
         for y, picture in enumerate(pictures):
             sheet.paste(to_picture(picture).resize((side, side)), (4 + x * cell, 28 + y * cell))
     return sheet
