@@ -557,7 +557,6 @@ import runpy
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -632,8 +631,7 @@ def read_square(path: str | Path, size: int, crop: int = 0) -> Tensor:
 def read_squares(paths: Sequence[Path], **how) -> Tensor:
     """read_square of every file: (N, 3, size, size) uint8."""
     images, progress = [], Progress(len(paths), "images read")
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, on odd metadata
+    with ThreadPoolExecutor() as pool:
         for image in pool.map(partial(read_square, **how), paths):
             images.append(image)
             progress.show(len(images))
