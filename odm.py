@@ -1164,8 +1164,7 @@ def grade(images: Sequence[str | Path], checkpoint: str | Path = "", seed: int =
             say("some images lie under no class of the checkpoint: no grades to compare with")
             return
         own = torch.tensor([names.index(name) for name in given])
-        pairs = len(names) * own + nearest
-        confusion = pairs.bincount(minlength=len(names) ** 2).view(len(names), len(names))
+        confusion = F.one_hot(own, len(names)).T @ F.one_hot(nearest, len(names))
         kappa, error = quadratic_kappa(confusion), (severities - scale[own]).abs().mean()
         kappa = "of one class: none" if kappa is None else f"{kappa:.3f}"
         say(f"{len(files):,} images, quadratic kappa {kappa}, mean error {error:.3f}")
