@@ -913,10 +913,10 @@ def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple
     return to_uint8(ddim(eps_fn, x_T, alpha_bar, times, config.eta, clip=not given, noise=noise)).cpu()
 
 
-def draw_sheet(model: UNet, classes: Classes, config: Config, device: torch.device, rows: int = 6):
+def draw_sheet(model: UNet, classes: Classes, config: Config, device: torch.device):
     """A sheet of samples: a column a class, the same starting noise along a row."""
-    keys = [(config.seed, row) for row in range(rows)]
-    return sheet_of([(name, draw_images(model, [float(c)] * rows, keys, config, device))
+    keys = [(config.seed, row) for row in range(6)]
+    return sheet_of([(name, draw_images(model, [float(c)] * 6, keys, config, device))
                      for c, name in enumerate(classes.names)])
 
 
