@@ -986,9 +986,9 @@ class Network:
 def load_network(checkpoint: str | Path, device: str, batch: int = 0, **changes) -> Network:
     """The averaged network of a checkpoint or a run's folder [the newest in runs/, else data/demo.pt]."""
     device = start(device)
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    runs, demo = Path("runs").glob("*/checkpoint.pt"), HERE / "data" / "demo.pt"
     changes["batch"] = batch or (16 if device.type == "cpu" else 128)
-    with checkpoint_at(checkpoint or [HERE / "data" / "demo.pt", *runs][-1]) as state:
+    with checkpoint_at(checkpoint or max(runs, key=os.path.getmtime, default=demo)) as state:
         file, config, classes = state["file"], replace(state["config"], **changes), state["classes"]
         check_config(config)
         model = build(config, len(classes.names), device).eval()
