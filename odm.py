@@ -604,11 +604,10 @@ def read_image(path: str | Path) -> Image.Image:
     """An image file as RGB: turned upright (EXIF), 16 bits scaled to 8, first frame."""
     try:
         with Image.open(path) as image:  # which refuses more than 179 million pixels
-            sixteen_bits = image.mode.startswith("I;16")
             if image.mode in ("I", "F"):
                 raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16")
             image = ImageOps.exif_transpose(image)
-            if sixteen_bits:  # converting to RGB would clip it
+            if image.mode.startswith("I;16"):  # converting to RGB would clip it
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
