@@ -1130,13 +1130,13 @@ def read_positions(images: Tensor, network: Network, seed: int) -> Tensor:
     return torch.stack(found)
 
 
-def quadratic_kappa(confusion: Tensor) -> float | None:
-    """Cohen's kappa with weights (i - j)^2 of (C, C) counts: 1 perfect, 0 chance; None for one class."""
+def quadratic_kappa(confusion: Tensor) -> float:
+    """Cohen's kappa with weights (i - j)^2 of (C, C) counts: 1 perfect, 0 chance; nan for one class."""
     table = confusion.double()
     index = torch.arange(len(table), dtype=torch.float64)
     cost = (index[:, None] - index).square()
     by_chance = (cost * torch.outer(table.sum(1), table.sum(0))).sum() / table.sum()
-    return (1 - (cost * table).sum() / by_chance).item() if by_chance > 0 else None
+    return (1 - (cost * table).sum() / by_chance).item()
 
 
 def grade(images: Sequence[str | Path], checkpoint: str | Path = "", seed: int = 0, batch: int = 0,
@@ -1165,8 +1165,7 @@ def grade(images: Sequence[str | Path], checkpoint: str | Path = "", seed: int =
         own = torch.tensor([names.index(name) for name in given])
         confusion = F.one_hot(own, len(names)).T @ F.one_hot(nearest, len(names))
         kappa, error = quadratic_kappa(confusion), (severities - scale[own]).abs().mean()
-        kappa = "of one class: none" if kappa is None else f"{kappa:.3f}"
-        say(f"{len(files):,} images, quadratic kappa {kappa}, mean error {error:.3f}")
+        say(f"{len(files):,} images, quadratic kappa {kappa:.3f}, mean error {error:.3f}")
         for c in own.unique():
             read = ", ".join(f"{n} as {name}" for n, name in zip(confusion[c].tolist(), names))
             say(f"given {names[c]}: read {read}; mean severity read {severities[own == c].mean():.2f}")
