@@ -49,7 +49,7 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------- settings
 
 
-def setting(default, help: str, low=None, high=math.inf, choices=(), may_change: bool = False):
+def setting(default, help: str, low=None, high=math.inf, choices=None, may_change: bool = False):
     """A field of Config, with its range. `may_change`: it may differ when a run is resumed."""
     about = dict(help=help, low=low, high=high, choices=choices, may_change=may_change)
     return field(default=default, metadata=about)
@@ -1405,10 +1405,10 @@ def ints(text: str) -> tuple[int, ...]:
 
 
 def parser() -> Parser:
-    options = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)  # what is not given is not set
     raw = argparse.RawDescriptionHelpFormatter
-    top = Parser(prog="odm.py", description=__doc__, formatter_class=raw, **options)
+    top = Parser(prog="odm.py", description=__doc__, formatter_class=raw)
     commands = top.add_subparsers(dest="command", required=True)
+    options = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)  # what is not given is not set
     training = commands.add_parser("train", help="train on a folder of graded images, or resume", **options)
     sampling = commands.add_parser("sample", help="draw images, or move given ones", **options)
     grading = commands.add_parser("grade", help="read the severity of images", **options)
@@ -1431,7 +1431,7 @@ def parser() -> Parser:
         add("--device", help="cpu, cuda, ... [the GPU if there is one]")
     for f in fields(Config):
         text, default = f.metadata["help"], f.default
-        kind = dict(type=type(default), choices=f.metadata["choices"] or None)
+        kind = dict(type=type(default), choices=f.metadata["choices"])
         if isinstance(default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(default, tuple):
