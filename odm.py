@@ -443,7 +443,7 @@ class Dropout(nn.Dropout):
     noise that no loss could put on a line."""
 
     def forward(self, h: Tensor, root: Tensor | None = None) -> Tensor:
-        if root is None or not self.training or self.p == 0:
+        if root is None or self.p == 0:
             return super().forward(h)
         mask = super().forward(torch.ones_like(h))  # 0 or 1 / (1 - p)
         return h * mask[root]
