@@ -88,9 +88,12 @@ knees() { # the paper's Table 1, on radiographs
         knee "knee-dm-$seed" $((4 * steps)) --seed "$seed" --ordinal 0
         knee "knee-odm-$seed" $((4 * steps)) --seed "$seed"
         knee "knee-w10-$seed" $((4 * steps)) --seed "$seed" --ordinal 10
+        for name in "knee-dm-$seed" "knee-odm-$seed"; do # guidance as in the paper
+            python odm.py sample --checkpoint "runs/$name" -n "$n" --guidance 2 --out "samples/s2-$name"
+        done
     done
-    for name in knee-dm-0 knee-odm-0; do # guidance as in the paper, and as many of each grade
-        python odm.py sample --checkpoint "runs/$name" -n "$n" --guidance 2 --out "samples/s2-$name"
+    knee knee-dm-long $((6 * steps)) --ordinal 0
+    for name in knee-dm-0 knee-odm-0; do # as many of each grade
         python odm.py sample --checkpoint "runs/$name" --each $((n / 5)) --out "samples/each-$name"
     done
     score data/knee-test samples/knee-dm-0 samples/knee-odm-0 --plot data/bars.png
