@@ -101,7 +101,7 @@ knees() { # the paper's Table 1, on radiographs
     score data/knee-test samples/knee-{real,dm-*,odm-*,w10-*} samples/{s2,each}-* --trained-on data/knee
 }
 
-settings() { # one seed of DM, ODM and other settings on radiographs, for a quarter of the steps
+settings() { # one seed of DM, ODM and other settings on radiographs, for fewer steps
     knee short-dm "$steps" --ordinal 0
     knee short-odm "$steps"
     knee short-printed "$steps" --triplets images --distance squared --ordinal 3072
@@ -109,7 +109,9 @@ settings() { # one seed of DM, ODM and other settings on radiographs, for a quar
     knee short-spacing "$steps" --spacing
     knee short-dm-uniform "$steps" --balance uniform --ordinal 0
     knee short-odm-uniform "$steps" --balance uniform
-    score data/knee-test samples/short-*
+    knee tiny-dm $((steps / 4)) --ordinal 0
+    knee tiny-odm $((steps / 4))
+    score data/knee-test samples/short-* samples/tiny-*
 }
 
 knee() { # NAME STEPS FLAGS...: trains runs/NAME on radiographs, draws and reads
@@ -163,6 +165,16 @@ pictures() {
     python data/severity.py data/demo.pt --picture data/moved.png
     python odm.py sample --checkpoint data/knee.pt --class 0:4:1 --each 3 --out samples/knee-sheet
     cp samples/knee-sheet/sheet.png data/knee.png
+    for name in tiny-odm short-odm knee-odm-1; do # after 400, 1,600 and 6,400 steps
+        python odm.py sample --checkpoint "runs/$name" --class 0:4:1 --each 1 --out "samples/row-$name"
+    done
+    python - <<'END'
+from pathlib import Path
+import odm
+rows = [Path("samples", f"row-{name}") for name in ("tiny-odm", "short-odm", "knee-odm-1")]
+columns = [(c, [odm.read_square(row / c / "00000.png", 32) for row in rows]) for c in "01234"]
+odm.save_picture(odm.sheet_of(columns), Path("data/steps.png"))
+END
 }
 
 for part in "${@:?name parts: drawings rivals rare knees settings large pictures}"; do
