@@ -915,7 +915,7 @@ def draw_images(model: Callable, position: Sequence[float], keys: Sequence[tuple
 def draw_sheet(model: UNet, classes: Classes, config: Config, device: torch.device):
     """A sheet of samples: a column a class, the same starting noise along a row."""
     keys = [(config.seed, row) for row in range(6)]
-    return sheet_of([(name, draw_images(model, [float(c)] * 6, keys, config, device))
+    return sheet_of([(name, draw_images(model, [float(c)] * len(keys), keys, config, device))
                      for c, name in enumerate(classes.names)])
 
 

@@ -165,13 +165,15 @@ pictures() {
     python data/severity.py data/demo.pt --picture data/moved.png
     python odm.py sample --checkpoint data/knee.pt --class 0:4:1 --each 3 --out samples/knee-sheet
     cp samples/knee-sheet/sheet.png data/knee.png
-    for name in tiny-odm short-odm knee-odm-1; do # after 400, 1,600 and 6,400 steps
+    local rows="tiny-odm short-odm knee-odm-1" # after 400, 1,600 and 6,400 steps
+    for name in $rows; do
         python odm.py sample --checkpoint "runs/$name" --class 0:4:1 --each 1 --out "samples/row-$name"
     done
-    python - <<'END'
+    python - $rows <<'END'
+import sys
 from pathlib import Path
 import odm
-rows = [Path("samples", f"row-{name}") for name in ("tiny-odm", "short-odm", "knee-odm-1")]
+rows = [Path("samples", f"row-{name}") for name in sys.argv[1:]]
 columns = [(c, [odm.read_square(row / c / "00000.png", 32) for row in rows]) for c in "01234"]
 odm.save_picture(odm.sheet_of(columns), Path("data/steps.png"))
 END
