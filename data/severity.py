@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent)]
@@ -158,8 +158,7 @@ def picture(checkpoint: Path, file: Path) -> None:
         out = Path("samples", f"{checkpoint.stem}-picture", path.parent.name)
         odm.sample(checkpoint, "0:3:1", image=path, out=out)
         label = Image.new("RGB", (128, 128), "white")
-        font = ImageFont.load_default(18)
-        ImageDraw.Draw(label).text((64, 64), f"read: {position:.2f}", "black", font, anchor="mm")
+        ImageDraw.Draw(label).text((64, 64), f"read: {position:.2f}", "black", anchor="mm", font_size=18)
         columns["given"] += [enlarged(image), torch.from_numpy(np.array(label)).permute(2, 0, 1)]
         for target, folder in enumerate(folders_of(out)):
             at = odm.read_square(folder / path.name, 32)
