@@ -4,46 +4,43 @@
 # ///
 """How good are generated images? FID, KID, precision and recall, overall and per class.
 
-    python fid.py data/limuc samples/limuc            # Table 1 of the paper, and a row per class
-    python fid.py data/limuc samples/dm samples/odm --plot fig4.png --json scores.json
-    python fid.py test samples/dm --trained-on train  # Does it help my classifier? Copies of patients?
+    python fid.py data/limuc samples/limuc      # Table 1 of the paper, and a row per class
+    python fid.py data/limuc samples/dm samples/odm --json scores.json
+    python fid.py my_images other_images        # two plain folders, as for pytorch-fid
 
     frechet_distance      FID: distance of the Gaussians fitted to both sets (Heusel et al. 2017)
     kernel_distance       KID: the same question without a bias at small n (Binkowski et al. 2018)
     precision_recall      how much of one set lies inside the other (Kynkaanniemi et al. 2019)
-    classifier_score      a ridge classifier fitted on real or generated images, scored on real ones
-    likeness              how near to the images that the generator was trained on
     Inception, features   the network all of them look through (the FID Inception of 2015-12-05)
 
-Real images are read as for training (odm.find_images). The generated side is a folder of images, or of class
-folders named like the real classes, from any generator. Both sides should have one resolution: by default the
-real images are brought to the size of the generated ones.
+REAL is read as for training (odm.find_images), or is a plain folder of images: one row, without classes.
+GENERATED, from any generator, is a plain folder, or class folders directly below it, named like those of
+REAL. Both sides should have one resolution: by default the real images are brought to the size of the
+generated ones. Do these help a classifier, are they copies? See data/beyond/usefulness.py.
 """
 
 import argparse
 import contextlib
 import itertools
 import json
-import math
+import os
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from numpy import ndarray
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import odm
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"  # the last part begins its SHA-256, which torch.hub checks
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS
-DIMS = (64, 192, 768, 2048)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # ------------------------------------------------------------------------------ distances between features
@@ -55,29 +52,13 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     In [0, inf), 0 for equal means and covariances; units of the features squared. N, M >= 2, else ValueError;
     singular covariances included. In float64. Biased upward when N or M is not well above d.
     """
-    means, factors = [], []
-    for x in (real, fake):
-        x = np.asarray(x, np.float64)
-        means.append(x.mean(0))
-        # Centred features are a factor of their covariance; so is R of their QR, which is smaller.
-        factors.append(np.linalg.qr((x - means[-1]) / np.sqrt(len(x) - 1), mode="r"))
-    return _frechet(*means, *factors)
-
-
-def frechet_distance_from_moments(mu1: ndarray, cov1: ndarray, mu2: ndarray, cov2: ndarray) -> float:
-    """frechet_distance from means (d,) and covariances (d, d), for statistics published without features."""
-    factors = []
-    for cov in (cov1, cov2):
-        w, v = scipy.linalg.eigh(np.asarray(cov, np.float64))
-        factors.append(np.sqrt(w.clip(0))[:, None] * v.T)  # rounding can push a w that should be 0 below it
-    return _frechet(np.asarray(mu1, np.float64), np.asarray(mu2, np.float64), *factors)
-
-
-def _frechet(mu1: ndarray, mu2: ndarray, a: ndarray, b: ndarray) -> float:
+    real, fake = (np.asarray(x, np.float64) for x in (real, fake))
+    # Centred features are a factor of their covariance; so is R of their QR, which is smaller.
+    a, b = (np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r") for x in (real, fake))
     # S_1 = A'A and S_2 = B'B: the eigenvalues of S_1 S_2 are the squared singular values of A B', so that
     # tr (S_1 S_2)^(1/2) is their plain sum. No matrix root, nothing complex, nothing added to a diagonal.
     root = scipy.linalg.svdvals(a @ b.T).sum()
-    distance = np.square(mu1 - mu2).sum() + np.square(a).sum() + np.square(b).sum() - 2 * root
+    distance = ((real.mean(0) - fake.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * root
     return max(float(distance), 0.0)  # equal sets leave a rounding error of either sign
 
 
@@ -85,21 +66,20 @@ def kernel_distance(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """KID, the unbiased squared MMD of real (N, d), fake (M, d), kernel (x.y / d + 1)^3; its standard error.
 
     mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs of different images; 0 on average for equal
-    distributions at any n, hence often below 0. The error is the jackknife's, which leaves out one
-    image at a time. N, M >= 3, else not finite. Memory is linear in N and M.
+    distributions at any n, hence often below 0. The error is the jackknife's, which leaves out one image at a
+    time. N, M >= 3, else not finite. Memory is linear in N and M.
     """
 
     def sums(x: Tensor, y: Tensor) -> Tensor:  # over y, (n,)
-        parts = [((part @ y.T / x.shape[1] + 1) ** 3).sum(1, dtype=torch.float64) for part in x.split(1024)]
-        return torch.cat(parts)
+        return torch.cat([((part @ y.T / d + 1) ** 3).sum(1, dtype=torch.float64) for part in x.split(1024)])
 
     def estimate(xx: Tensor, yy: Tensor, xy: Tensor, n: int, m: int) -> Tensor:
         return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
 
-    n, m = len(real), len(fake)
+    (n, d), m = real.shape, len(fake)
     xx, yy, xy, yx = sums(real, real), sums(fake, fake), sums(real, fake), sums(fake, real)
     for total, x in ((xx, real), (yy, fake)):  # an image with itself is what makes the plain estimate biased
-        total -= (x.double().square().sum(1) / x.shape[1] + 1) ** 3
+        total -= (x.double().square().sum(1) / d + 1) ** 3
     kid = estimate(xx.sum(), yy.sum(), xy.sum(), n, m)
     without_x = estimate(xx.sum() - 2 * xx, yy.sum(), xy.sum() - xy, n - 1, m)  # (N,)
     without_y = estimate(xx.sum(), yy.sum() - 2 * yy, yx.sum() - yx, n, m - 1)  # (M,)
@@ -116,80 +96,23 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     Memory is linear in N and M.
     """
 
-    def squared_radii(x: Tensor) -> Tensor:
-        nearest = x.new_full((len(x), k + 1), math.inf)
-        for i in range(0, len(x), 1024):
-            d2 = _squared_distances(x[i : i + 1024], x[i:])  # for these rows and, as columns, all later ones
-            for rows, part in ((slice(i, i + 1024), d2), (slice(i + 1024, None), d2[:, 1024:].T)):
-                nearest[rows] = torch.cat([nearest[rows], part], 1).topk(k + 1, largest=False).values
-        return nearest[:, k]  # the nearest of all is the point itself
+    def share_inside(points: Tensor, centres: Tensor) -> float:
+        away = squared_distances(centres, centres)  # the nearest centre is the centre itself
+        radius = torch.cat([rows.topk(k + 1, largest=False).values[:, k] for rows in away])
+        inside = [(rows <= radius).any(1) for rows in squared_distances(points, centres, rounding=2e-6)]
+        return torch.cat(inside).double().mean().item()
 
     mean = real.mean(0)  # subtracting it moves no distance, but products of short vectors round less
     real, fake = (real - mean).float(), (fake - mean).float()
-    real_radius, fake_radius = squared_radii(real), squared_radii(fake)
-    fake_inside = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
-    real_inside = []
-    for x, radius in zip(real.split(1024), real_radius.split(1024)):
-        least = _squared_distances(x, fake, rounding=2e-6)
-        fake_inside |= (least <= radius[:, None]).any(0)
-        real_inside.append((least <= fake_radius).any(1))
-    return fake_inside.double().mean().item(), torch.cat(real_inside).double().mean().item()
+    return share_inside(fake, real), share_inside(real, fake)
 
 
-def _squared_distances(x: Tensor, y: Tensor, rounding: float = 0.0) -> Tensor:
-    """|x|^2 + |y|^2 - 2 x.y of x (n, d) and y (m, d), (n, m), less `rounding` times the first two terms."""
-    x_squared, y_squared = ((1 - rounding) * z.square().sum(1) for z in (x, y))
-    return torch.addmm(y_squared, x, y.T, alpha=-2).add_(x_squared[:, None])
-
-
-def likeness(fake: Tensor, known: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """How near fake (n, d) is to known (m, d), what the generator saw, beside real (l, d), what it did not.
-
-    A ratio (n,): distance to the nearest of known over that to the nearest of real. About 1 for an honest
-    generator, even one of low diversity. And the places of the three nearest in known, (n, 3).
-    """
-
-    def nearest(y: Tensor, k: int) -> Tensor:
-        return torch.cat([_squared_distances(x, y).topk(k, largest=False).indices for x in fake.split(1024)])
-
-    places = nearest(known, min(3, len(known)))
-    to_known = (fake - known[places[:, 0]]).norm(dim=1)  # not by products: exactly 0 for a copy
-    to_real = (fake - real[nearest(real, 1)[:, 0]]).norm(dim=1)
-    return (to_known / to_real).nan_to_num(1.0), places  # 0 / 0: an image of both sets
-
-
-def ridge_classifier(x: Tensor, labels: Tensor, num_classes: int) -> Callable[[Tensor], Tensor]:
-    """A classifier of ordered classes 0..C-1, fitted to features x (n, d); it maps (m, d) to classes (m,).
-
-    Ridge regression answers C - 1 questions, "more severe than c?" (Frank & Hall 2001), and the class is the
-    number of yeses. "Is it c?" would fail: no plane separates a class in the middle. Classes weigh the same,
-    however rare. The penalty is that of the least leave-one-out error, residual / (1 - leverage).
-    """
-    counts = torch.bincount(labels, minlength=num_classes)
-    weight = (1 / counts.double()[labels]) / (counts > 0).sum()  # sums to 1
-    target = (labels[:, None] > torch.arange(num_classes - 1)).double()
-    x_mean, target_mean = weight @ x.double(), weight @ target
-    x, target, root = x.double() - x_mean, target - target_mean, weight.sqrt()[:, None]
-    eigenvalue, v = torch.linalg.eigh((root * x).T @ (root * x))
-    z = (root * x) @ v
-    least, best_slope = math.inf, torch.zeros(x.shape[1], num_classes - 1, dtype=torch.float64)
-    for penalty in eigenvalue.sum() * torch.logspace(-5, 0, 11, dtype=torch.float64):
-        shrink = 1 / (eigenvalue.clamp_min(0) + penalty)
-        slope = v @ (shrink[:, None] * (z.T @ (root * target)))
-        leverage = z.square() @ shrink + weight
-        error = weight @ ((target - x @ slope) / (1 - leverage)[:, None]).square().sum(1)
-        if error < least:  # never where all images are the same: every image then gets the mean's class
-            least, best_slope = error, slope
-    return lambda features: ((features.double() - x_mean) @ best_slope + target_mean > 0.5).sum(1)
-
-
-def classifier_score(x: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor, num_classes: int) -> dict:
-    """kappa, mean error (grades), recall of the top grade of a ridge classifier of x (n, d), labels (n,)."""
-    shown = ridge_classifier(x, labels, num_classes)(real)
-    confusion = F.one_hot(real_labels, num_classes).T @ F.one_hot(shown, num_classes)
-    error = (shown - real_labels).abs().double().mean().item()
-    top_recall = (confusion[-1, -1] / confusion[-1].sum()).item()
-    return {"kappa": odm.quadratic_kappa(confusion), "mean_error": error, "top_recall": top_recall}
+def squared_distances(x: Tensor, y: Tensor, rounding: float = 0.0) -> Iterator[Tensor]:
+    """|x|^2 + |y|^2 - 2 x.y of x (n, d), y (m, d), less `rounding` of the squares: (n, m) by 1,024 rows."""
+    y_squared = (1 - rounding) * y.square().sum(1)
+    for part in x.split(1024):
+        part_squared = (1 - rounding) * part.square().sum(1, keepdim=True)
+        yield torch.addmm(y_squared, part, y.T, alpha=-2).add_(part_squared)
 
 
 # --------------------------------------------------------------------------------------------- the network
@@ -224,14 +147,10 @@ MIXED = {  # name -> input channels, branches, pool, channels behind the pool, C
 }
 
 
-class Conv(nn.Sequential):
-    def __init__(self, channels: int, spec: str):
-        super().__init__()
-        out, height, width, *stride = map(int, re.findall(r"\d+", spec))
-        stride_and_padding = stride or (1, "same")
-        self.conv = nn.Conv2d(channels, out, (height, width), *stride_and_padding, bias=False)
-        self.bn = nn.BatchNorm2d(out, eps=1e-3)
-        self.relu = nn.ReLU()
+def convolution(channels: int, spec: str) -> nn.Sequential:
+    out, height, width, *stride = map(int, re.findall(r"\d+", spec))
+    conv = nn.Conv2d(channels, out, (height, width), *(stride or (1, "same")), bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out, eps=1e-3), relu=nn.ReLU()))
 
 
 class Mixed(nn.Module):
@@ -243,12 +162,12 @@ class Mixed(nn.Module):
             for step in branch.replace("C", str(c)).split():
                 layers = dict(layer.split(":") for layer in step.split("|"))
                 for name, spec in layers.items():
-                    self.add_module(name, Conv(c_in, spec))
+                    self.add_module(name, convolution(c_in, spec))
                 steps.append(list(layers))
                 c_in = int(spec.split("@")[0])
             self.branches.append(steps)
         self.pool = pool
-        self.branch_pool = Conv(channels, f"{pool_out}@1x1") if pool_out else nn.Identity()
+        self.branch_pool = convolution(channels, f"{pool_out}@1x1") if pool_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []
@@ -269,14 +188,14 @@ class Inception(nn.Sequential):
 
     def __init__(self, dims: int = 2048):
         super().__init__()
-        self.dims = dims  # one of DIMS
-        self.Conv2d_1a_3x3 = Conv(3, "32@3x3/2")
-        self.Conv2d_2a_3x3 = Conv(32, "32@3x3/1")
-        self.Conv2d_2b_3x3 = Conv(32, "64@3x3")
+        self.dims = dims
+        self.Conv2d_1a_3x3 = convolution(3, "32@3x3/2")
+        self.Conv2d_2a_3x3 = convolution(32, "32@3x3/1")
+        self.Conv2d_2b_3x3 = convolution(32, "64@3x3")
         self.maxpool1 = nn.MaxPool2d(3, stride=2)
         if dims >= 192:
-            self.Conv2d_3b_1x1 = Conv(64, "80@1x1")
-            self.Conv2d_4a_3x3 = Conv(80, "192@3x3/1")
+            self.Conv2d_3b_1x1 = convolution(64, "80@1x1")
+            self.Conv2d_4a_3x3 = convolution(80, "192@3x3/1")
             self.maxpool2 = nn.MaxPool2d(3, stride=2)
         for name, block in MIXED.items():
             if dims == 2048 or (dims == 768 and name < "Mixed_7a"):
@@ -287,10 +206,11 @@ class Inception(nn.Sequential):
         return super().forward(x).mean((2, 3))
 
 
-def features(images: Iterable[Tensor], network: Inception, batch_size: int = 16, name: str = "") -> Tensor:
+def features(images: Iterable[Tensor], network: Inception, batch_size: int = 16,
+             progress: odm.Progress | None = None) -> Tensor:
     """Features (N, dims), float32 on the CPU, of uint8 images (N, 3, H, W), or of any (3, H, W) one by one.
 
-    Runs where the network is, in eval mode and true float32 (less moves FID). A name makes a progress line.
+    Runs where the network is, in eval mode and true float32 (less moves FID).
     """
     network.eval()
     device = next(network.parameters()).device
@@ -300,8 +220,8 @@ def features(images: Iterable[Tensor], network: Inception, batch_size: int = 16,
             unit = (image[None].to(device).float() / 255 for image in batch)
             resized = [F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) for x in unit]
             result.append(network(2 * torch.cat(resized) - 1).cpu())
-            if name and sys.stderr.isatty():
-                print(f"{name}: {sum(map(len, result)):,} images", end="\r", file=sys.stderr, flush=True)
+            if progress:
+                progress.show(sum(map(len, result)))
     result = torch.cat(result)
     if not result.isfinite().all():
         raise odm.UserError("features are not finite: --weights are not those of the FID Inception")
@@ -315,211 +235,194 @@ def load_weights(dims: int, file: str = "") -> Inception:
         if file:
             state = torch.load(file, map_location="cpu", weights_only=True)
         else:  # a download takes its name when it is whole and has the right hash
-            load = torch.hub.load_state_dict_from_url
-            state = load(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
-        missing = network.load_state_dict(state, strict=False).missing_keys  # the file has more
-        missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-        if missing:
+            state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True,
+                                                       weights_only=True)
+        if missing := network.load_state_dict(state, strict=False).missing_keys:  # the file has more
             raise ValueError(f"no {missing[0]}, which --dims {dims} needs")
     except Exception as error:  # a damaged file can fail anywhere within torch.load, and so can a download
         path = file or Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
-        reason = str(error).partition("\n")[0]
-        remedy = f"fetch {WEIGHTS_URL} by other means and put it there, or name it with --weights"
-        raise odm.UserError(f"no network in {path} ({reason}): {remedy}") from None
+        raise odm.UserError(f"no network in {path} ({str(error)[:100]}): fetch {WEIGHTS_URL} by other means "
+                            "and put it there, or name it with --weights") from None
     return network.to(DEVICE, memory_format=torch.channels_last)  # channels last: twice as fast on a CPU
 
 
-# ------------------------------------------------------------------------------------ scores and report
+# ------------------------------------------------------------------------------------ images to compare
 
 
-def list_generated(root: str, classes: list[str]) -> tuple[list[Path], list[int]]:
-    """Image files below root, and each one's class: the index of its folder's name; none if all lie in root.
+@dataclass
+class ImageSet:
+    """Image files, the class of each, and how the network is to see them."""
 
-    Where some folders are classes, standard error says what else is passed over.
-    """
-    top = Path(root).resolve()
-    if not top.is_dir():
-        raise odm.UserError(f"{root}: no such folder")
-    paths = odm.list_files(top)
-    if not paths:
-        raise odm.UserError(f"{root}: no images in it")
-    if all(path.parent == top for path in paths):
-        return paths, []
-    kept = [path for path in paths if path.parent != top and path.parent.name in classes]
-    others = sorted({str(path.parent.relative_to(top)) for path in set(paths) - set(kept)})
-    reason = f"no class of the real images ({', '.join(classes)}): {', '.join(others)}"
+    name: str  # their folder or CSV, as it was given
+    paths: list[Path]
+    labels: Tensor  # (N,) indices of class names; (0,) where there are no classes
+    reading: dict = field(default_factory=dict)  # size and crop of odm.read_square; {}: images as they are
+
+    def features(self, network: Inception, batch_size: int) -> Tensor:
+        """Those of all images, (N, dims)."""
+        if self.reading:
+            images = odm.read_squares(self.paths, **self.reading)
+        else:
+            pixels = (np.array(odm.read_image(path)) for path in self.paths)
+            images = (torch.from_numpy(image).permute(2, 0, 1) for image in pixels)
+        return features(images, network, batch_size, odm.Progress(len(self.paths), f"images of {self.name}"))
+
+
+def find_real(data: str, order: str, columns: str) -> tuple[ImageSet, list[str]]:
+    """Real images and the names of their classes, none for a plain folder of images."""
+    root = Path(data)
+    plain = root.is_dir() and all(path.parent == root for path in odm.list_files(root) if odm.is_image(path))
+    if plain and not order and not columns:
+        images = find_generated(data, [])
+        print(f"{data}: {len(images.paths):,} images without class folders, so row 'all' only")
+        return images, []
+    paths, labels, names = odm.find_images(data, order, columns)
+    return ImageSet(data, paths, torch.tensor(labels)), names
+
+
+def find_generated(data: str, classes: Sequence[str]) -> ImageSet:
+    """Images in a folder, or in folders directly below it named like classes; says what it passes over."""
+    root = Path(data)
+    files = odm.list_files(root) if root.is_dir() else []
+    folders = {path: path.parent.relative_to(root) for path in files if odm.is_image(path)}
+    # list_files passes over folders that hold samples of odm.py, but these are no less sets of their own.
+    deeper = {file.parent.relative_to(root) for file in root.glob("*/**/sample.json")}
+    deeper |= {folder for folder in folders.values() if len(folder.parts) > 1}
+    if deeper:
+        found = sorted(map(str, deeper))
+        raise odm.UserError(f"{data}: holds deeper folders or sets of samples, {', '.join(found[:12])}: name "
+                            "one set, whose images lie in it or in class folders directly below it")
+    if not folders:
+        raise odm.UserError(f"{data}: no images in it, or no such folder")
+    plain = set(folders.values()) == {Path()}
+    kept = [path for path in folders if plain or folders[path].name in classes]
+    others = ", ".join(sorted({str(folders[path]) for path in set(folders) - set(kept)}))
+    reason = f"no class of REAL ({', '.join(classes) or 'which has none'}): {others}"
     if not kept:
-        raise odm.UserError(f"{root}: {reason}: rename the folders, or score all images in one folder")
+        raise odm.UserError(f"{data}: {reason}: rename the folders, or score all images in one folder")
     if others:
-        print(f"{root}: passed over, {reason}", file=sys.stderr)
-    return kept, [classes.index(path.parent.name) for path in kept]
+        print(f"{data}: {len(folders) - len(kept):,} images passed over, {reason}")
+    if not_read := [path for path in files if path not in folders and path.name != "sample.json"]:
+        print(f"{data}: files not read: {len(not_read):,}, as {not_read[0].name}")
+    labels = [] if plain else [classes.index(folders[path].name) for path in kept]
+    return ImageSet(data, kept, torch.tensor(labels))
+
+
+def find_sets(args: argparse.Namespace) -> tuple[list[str], ImageSet, list[ImageSet]]:
+    """Class names, the real images, each set of generated ones; refuses what does not fit before any work."""
+    real, classes = find_real(args.real, args.order, args.columns)
+    generated = [find_generated(data, classes) for data in args.generated]
+    sizes = []
+    for images in generated:
+        found = Counter(odm.read_image(path).size for path in images.paths)
+        sizes += found
+        if len(found) > 1:
+            listed = ", ".join(f"{width}x{height} ({n:,})" for (width, height), n in found.items())
+            raise odm.UserError(f"{images.name}: images of several sizes, {listed}: keep those of one")
+    sides = sorted({side for size in sizes for side in size})
+    if len(sides) > 1 and not args.size:
+        raise odm.UserError(f"generated images have sides of {sides} pixels: give the real ones' --size")
+    real.reading = dict(size=args.size or sides[0], crop=args.crop)
+    for images, (width, height) in zip(generated, sizes):
+        images.reading = {} if width == height else real.reading  # what is not square is cut like REAL
+    return classes, real, generated
+
+
+# ------------------------------------------------------------------------ scores, report, command line
 
 
 def score(real: Tensor, fake: Tensor, k: int) -> dict:
     """The numbers of one row; None where either side has too few images."""
     few = min(len(real), len(fake))
+    scores = [None] * 5
+    if few > max(k, 2):
+        sets = real.to(DEVICE), fake.to(DEVICE)
+        scores = [frechet_distance(real, fake), *kernel_distance(*sets), *precision_recall(*sets, k)]
     row = {"n_real": len(real), "n_fake": len(fake), "fid_biased": few < real.shape[1]}
-    if few <= max(k, 2):
-        return row | dict.fromkeys(["fid", "kid", "kid_se", "precision", "recall"])
-    fid = frechet_distance(real, fake)
-    kid, kid_se = kernel_distance(real.to(DEVICE), fake.to(DEVICE))
-    precision, recall = precision_recall(real.to(DEVICE), fake.to(DEVICE), k)
-    return row | {"fid": fid, "kid": kid, "kid_se": kid_se, "precision": precision, "recall": recall}
+    return row | dict(zip(("fid", "kid", "kid_se", "precision", "recall"), scores))
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    """All that the report says, as plain numbers and names; draws args.neighbours."""
-    real_paths, real_labels, classes = odm.find_images(args.real, args.order, args.columns)
-    listings = {root: list_generated(root, classes) for root in args.generated}
-    sizes = {length for paths, _ in listings.values() for length in odm.read_image(paths[0]).size}
-    if not args.size and len(sizes) > 1:
-        listed = ", ".join(map(str, sorted(sizes)))
-        raise odm.UserError(f"generated images have sides of {listed} pixels: give the real ones' --size")
-    reading = dict(size=args.size or sizes.pop(), crop=args.crop)
+    """All that the report says, as plain numbers and names."""
+    classes, real, generated = find_sets(args)
     network = load_weights(args.dims, args.weights)
-    settings = vars(args) | {"size": reading["size"], "classes": classes}
-    result = {"settings": settings, "rows": [], "classifier": [], "neighbours": []}
-    fits, found = {}, []
-    if args.trained_on:
-        seen_paths, seen_labels, names = odm.find_images(args.trained_on, args.order, args.columns)
-        if names != classes:
-            raise odm.UserError(f"--trained-on {args.trained_on}: classes {names}, but REAL has {classes}")
-        if not set(real_paths).isdisjoint(seen_paths):
-            raise odm.UserError("--trained-on: REAL must be other images, which the generator did not see")
-        seen, seen_labels = odm.read_squares(seen_paths, **reading), torch.tensor(seen_labels)
-        known = features(seen, network, args.batch, "trained on")
-        fits[args.trained_on] = known, seen_labels
-    real = features(odm.read_squares(real_paths, **reading), network, args.batch, "real")
-    real_labels = torch.tensor(real_labels)
-    for root, (paths, labels) in listings.items():
-        images = (torch.from_numpy(np.array(odm.read_image(path))).permute(2, 0, 1) for path in paths)
-        fake, labels = features(images, network, args.batch, root), torch.tensor(labels)
-        parts = [("all", slice(None), slice(None))]
-        parts += [(label, real_labels == c, labels == c) for c, label in enumerate(classes) if len(labels)]
-        if args.trained_on:
-            ratio, index = (x.cpu() for x in likeness(*(x.to(DEVICE) for x in (fake, known, real))))
-            found += zip(ratio.tolist(), paths, index.tolist())
-            if len(labels):
-                fits[root] = fake, labels
-                both = f"{args.trained_on} + {root}"
-                fits[both] = torch.cat([known, fake]), torch.cat([seen_labels, labels])
-        for label, of_real, of_fake in parts:
-            row = {"class": label, "generated": root, **score(real[of_real], fake[of_fake], args.k)}
-            if args.trained_on:
-                row["copies"] = (ratio[of_fake] <= 0.5).double().sum().item() / max(row["n_fake"], 1)
-            result["rows"].append(row)
-    result["rows"].sort(key=lambda row: ["all", *classes].index(row["class"]))  # methods side by side
-    for name, fit in fits.items():
-        scores = classifier_score(*fit, real, real_labels, len(classes))
-        result["classifier"].append({"fitted_on": name, **scores})
-    if args.neighbours:
-        likeliest = sorted(found)[:8]
-        columns = [("generated", [odm.read_square(path, reading["size"]) for _, path, _ in likeliest])]
-        for n in range(len(likeliest[0][2])):
-            columns.append((f"nearest {n + 1}", [seen[places[n]] for _, _, places in likeliest]))
-        odm.save_picture(odm.sheet_of(columns), Path(args.neighbours))
-        for ratio, path, places in likeliest:
-            row = {"ratio": ratio, "generated": str(path), "nearest": str(seen_paths[places[0]])}
-            result["neighbours"].append(row)
-    return result
+    x, rows = real.features(network, args.batch), []
+    for images in generated:
+        y = images.features(network, args.batch)
+        rows.append({"class": "all", "generated": images.name, **score(x, y, args.k)})
+        for c, name in enumerate(classes if len(images.labels) else []):
+            scores = score(x[real.labels == c], y[images.labels == c], args.k)
+            rows.append({"class": name, "generated": images.name, **scores})
+    rows.sort(key=lambda row: ["all", *classes].index(row["class"]))  # methods side by side
+    return {"settings": vars(args) | real.reading | {"classes": classes}, "rows": rows}
 
 
 def report(result: dict) -> str:
     """The text that main prints: numbers first, so that names may have any length."""
     size, dims = result["settings"]["size"], result["settings"]["dims"]
-    lines = [f"real images at {size}x{size}, {dims} features", ""]
-    lines += ["     n   real       FID           1000 KID  precision  recall  copies  class, generated"]
+    lines = [f"real images at {size}x{size}, {dims} features", "",
+             "     n   real       FID           1000 KID  precision  recall  class, generated"]
     for row in result["rows"]:
         scores = "  too few images"
         if row["fid"] is not None:
             scores = f"{row['fid']:9.2f}" + ("*" if row["fid_biased"] else " ")
             scores += f"{1000 * row['kid']:9.2f} ±{1000 * row['kid_se']:7.2f}"
             scores += f"{row['precision']:11.3f}{row['recall']:8.3f}"
-        copies = f"{row['copies']:8.3f}" if "copies" in row else "       -"
-        counts = f"{row['n_fake']:6}{row['n_real']:7}"
-        lines.append(f"{counts}{scores:47}{copies}  {row['class']}, {row['generated']}")
+        lines.append(f"{row['n_fake']:6}{row['n_real']:7}{scores:47}  {row['class']}, {row['generated']}")
     lines.append("* n below the dimensions: FID is biased upward, compare only at equal n; see KID")
-    if result["settings"]["trained_on"]:
-        lines.append("copies: at least twice as near to an image of --trained-on as to any real one")
-        lines.append("\n kappa  mean error  recall of the top grade  of a classifier fitted on")
-    for row in result["classifier"]:
-        scores = f"{row['kappa']:6.3f}{row['mean_error']:12.3f}{row['top_recall']:25.3f}"
-        lines.append(f"{scores}  {row['fitted_on']}")
-    for row in result["neighbours"]:
-        lines.append(f"{row['ratio']:.2f}  {row['generated']}, nearest to {row['nearest']}")
     return "\n".join(lines)
 
 
-def plot(rows: list[dict]) -> Image.Image:
-    """Class-wise FID as bars (Fig. 4): one a row, a colour a generated folder; the largest has 700 pixels."""
-    rows = [row for row in rows if row["fid"] is not None]
-    largest = max((row["fid"] for row in rows), default=0) or 1
-    folders = list(dict.fromkeys(row["generated"] for row in rows))
-    image = Image.new("RGB", (800, 60 * len(rows) + 20), "white")
-    draw = ImageDraw.Draw(image)
-    for number, row in enumerate(rows):
-        y = 10 + 60 * number
-        text = f"{row['class']}, {row['generated']}: FID {row['fid']:.4g}"
-        draw.text((20, y), text + ", biased upward" * row["fid_biased"], "black", font_size=18)
-        colour = f"hsl({210 + 150 * folders.index(row['generated'])}, 45%, 50%)"
-        draw.rectangle((20, y + 24, 20 + 700 * row["fid"] / largest, y + 48), colour)
-    return image
+def positive(text: str) -> int:
+    if not 1 <= int(text) < 2**31:
+        raise ValueError
+    return int(text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+def new_file(text: str) -> str:
+    """A file that can be written, which is found out now, not after the work."""
+    if text and (os.path.isdir(text) or not os.access(Path(text).parent, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text}: must be a file in a folder that exists and can be written")
+    return text
 
-    def positive(text: str) -> int:
-        if not 1 <= int(text) < 2**31:
-            raise ValueError
-        return int(text)
 
+def parser(program: str, doc: str) -> odm.Parser:
+    """The flags of this program, which data/beyond/usefulness.py has too."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("fid.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.usage = argparse.SUPPRESS  # the docstring shows it, and argparse's errors are short without it
-    add = parser.add_argument
-    add("real", metavar="REAL", help="folder of real images, as for odm.py train --data")
+    top = odm.Parser(program, description=doc, formatter_class=raw, allow_abbrev=False)
+    add = top.add_argument
+    add("real", metavar="REAL", help="real images: folder of class folders or of images, or CSV of grades")
     add("generated", metavar="GENERATED", nargs="+", help="folders of images, or of class folders")
-    add("--dims", type=int, default=2048, choices=DIMS, help="features of the network [2048]")
+    add("--dims", type=int, default=2048, choices=(64, 192, 768, 2048), help="features of the network [2048]")
     add("--weights", default="", metavar="FILE", help="the network's [the public file, downloaded once]")
     add("--size", type=positive, metavar="N", help="resize real images to N x N [that of the generated ones]")
     add("--crop", type=positive, default=0, metavar="N", help="first cut their middle N x N, as in training")
     add("--order", default="", metavar="A,B,...", help="class names in ascending severity")
     add("--columns", default="", metavar="ID,GRADE", help="columns of a CSV that grades the real images")
-    add("-k", type=positive, default=3, metavar="N", help="neighbours for precision and recall [3]")
     add("--batch", type=positive, default=16, metavar="N", help="images at a time [16]")
-    add("--json", default="", metavar="FILE", help="write all numbers")
-    add("--plot", default="", metavar="FILE.png", help="draw the class-wise FID as bars (Fig. 4)")
-    add("--trained-on", default="", metavar="DIR", help="what the generator saw, REAL being what it did not")
-    add("--neighbours", default="", metavar="FILE.png", help="draw the 8 likeliest copies, with DIR's")
-    args = parser.parse_args(argv)
-    try:
-        for file in filter(None, (args.json, args.plot, args.neighbours)):
-            if Path(file).is_dir() or not Path(file).parent.is_dir():  # found out now, not after the work
-                raise odm.UserError(f"{file}: must be a file in a folder that exists")
-        if args.neighbours and not args.trained_on:
-            raise odm.UserError("--neighbours shows images of --trained-on DIR: give that too")
-        warnings.filterwarnings("ignore", module="torch")  # its words on odd files are in the error
+    add("--json", type=new_file, default="", metavar="FILE", help="write all numbers")
+    return top
+
+
+def run(program: str, evaluate: Callable, report: Callable, args: argparse.Namespace) -> int:
+    """Print report(evaluate(args)), write --json; returns the exit status, 2 for what the user can mend."""
+
+    def work():
         torch.set_float32_matmul_precision("highest")  # with less, as some machines set it, distances are off
-        with contextlib.redirect_stdout(sys.stderr):  # odm.py says what it reads
+        with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no part of the report
             result = evaluate(args)
         print(report(result))
         if args.json:
-            text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-            odm.write_text(Path(args.json), text)
-        if args.plot:
-            odm.save_picture(plot(result["rows"]), Path(args.plot))
-        return 0
-    except (odm.UserError, OSError) as error:
-        message, status = f"error: {error}", 2
-    except (RuntimeError, MemoryError) as error:
-        if not odm.out_of_memory(error):
-            raise
-        message, status = "error: out of memory: lower --batch, --size or --dims", 2
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    print("fid.py:", " ".join(message.split()), file=sys.stderr)
-    return status
+            odm.write_text(Path(args.json), json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+    return odm.status_of(program, work)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    top = parser("fid.py", __doc__)
+    top.add_argument("-k", type=positive, default=3, metavar="N", help="neighbours in precision, recall [3]")
+    return run("fid.py", evaluate, report, top.parse_args(argv))
 
 
 if __name__ == "__main__":

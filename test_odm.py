@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "numpy", "pillow>=10.3", "scipy", "pytest"]
 # ///
-"""Tests of odm.py, fid.py and data/demo.py against closed forms, loops and hand-made cases.
+"""Tests of odm.py, fid.py and the programs in data/ against closed forms, loops and hand-made cases.
 
     python test_odm.py
 """
@@ -16,9 +16,12 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
+import struct
 import sys
 import time
+import zlib
 from dataclasses import fields
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -28,15 +31,19 @@ import pytest
 import torch
 from PIL import Image
 
-import fid
-import odm
-
 HERE = Path(__file__).resolve().parent
+for folder in ("", "data", "data/beyond", "data/evidence"):
+    sys.path.insert(0, str(HERE / folder))
+import demo
+import fid
+import heldout
+import odm
+import retina
+import usefulness
+
 DEMO = HERE / "data" / "demo.pt"
 torch.set_num_threads(1)  # networks of the tests are too small to share
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
-sys.path.insert(0, str(HERE / "data"))
-import demo
 
 TINY = dict(size=8, ch=8, groups=2, ch_mult=(1, 2), blocks=1, attention=(4,), timesteps=50, batch=8, steps=6,
             warmup=2, lr=1e-3, sample_steps=4, log_every=2, save_every=2, sheet_every=0, device="cpu")
@@ -141,13 +148,11 @@ def test_q_sample_is_equation_1_applied_t_times():
 # --------------------------------------------------------------------------------------- losses
 
 
-def by_hand(p, q, r, distance, share) -> float:
+def by_hand(p, q, r, distance) -> float:
     """Eq. 5 of one triplet; distances are root mean squares, or mean squares."""
     power = 1.0 if distance == "squared" else 0.5
     pq, qr, pr = ((a - b).square().mean().item() ** power for a, b in ((p, q), (q, r), (p, r)))
-    if share is None:
-        return (pr - (pq + qr)) ** 2
-    return (pq - pr * share) ** 2 + (qr - pr * (1 - share)) ** 2
+    return (pr - (pq + qr)) ** 2
 
 
 def test_where_the_ordinal_loss_is_zero():
@@ -200,39 +205,35 @@ def test_bfloat16_does_not_drown_the_ordinal_loss():
 # ------------------------------------------------------------------------- one step's images
 
 LABELS = torch.tensor([0] * 50 + [1] * 30 + [2] * 15 + [3] * 5)
-SEVERITIES = (0.0, 1.0, 2.5, 4.0)
 
 
 def drawn(step=0, B=8, **changes):
     """(settings, a batch of LABELS)."""
     config = settings(**changes)
-    return config, odm.draw_batch(LABELS, SEVERITIES, config, B, torch.Generator().manual_seed(step))
+    return config, odm.draw_batch(LABELS, 4, config, B, torch.Generator().manual_seed(step))
 
 
 @pytest.mark.parametrize("triplets", ["labels", "images"])
 def test_a_triplet_is_three_classes_in_order_with_one_noise(triplets):
     seen = set()
     for step in range(60):
-        config, batch = drawn(step, 32, triplets=triplets, class_dropout=0.2)
+        _, batch = drawn(step, 32, triplets=triplets, class_dropout=0.2, triplet_part=0.2)
         _, plain = drawn(step, 32, triplets=triplets, class_dropout=0.2, ordinal=0.0)
-        assert len(plain.image) == 32 and len(plain.triplets) == 0
-        for name in ("image", "label", "t", "flip"):  # the plain diffusion model sees the same images
+        for name in ("image", "label", "root", "t", "flip"):  # the plain diffusion model sees the same images
             assert torch.equal(getattr(plain, name), getattr(batch, name)[:32])
-        assert len(batch.image) == 32 + 2 * 8 and batch.root[:32].tolist() == list(range(32))
-        for g, rows in enumerate(batch.triplets):
-            assert batch.root[rows].tolist() == [g] * 3 and g in rows  # so noise, t, flip and mask are one
-            shown, own = batch.label[rows].tolist(), LABELS[batch.image[g]].item()
-            assert batch.weight[g].item() == pytest.approx((4 not in shown) / (1 - config.class_dropout))
-            classes = [own if c == 4 else c for c in shown]
-            assert classes == sorted(set(classes))
-            if triplets == "images":  # each under its own class
-                assert LABELS[batch.image[rows]].tolist() == classes
-            else:  # one image, under its own class and two others
-                assert set(batch.image[rows].tolist()) == {batch.image[g].item()} and own in classes
-            p, q, r = (SEVERITIES[c] for c in classes)
-            assert batch.share[g].item() == pytest.approx((q - p) / (r - p))
-            seen.add(tuple(classes))
+        own = LABELS[plain.image]
+        assert ((plain.label == own) | (plain.label == 4)).all() and (plain.label == 4).any()
+        assert len(batch.image) == len(batch.label) == 32 + 3 * 6  # a fifth of 32, rounded
+        assert batch.root.tolist() == [*range(32), *(g for g in range(6) for _ in range(3))]  # so noise, t, ...
+        for g, (shown, image) in enumerate(zip(batch.label[32:].split(3), batch.image[32:].split(3))):
+            assert own[g] in shown and shown.tolist() == sorted(set(shown.tolist()) - {4}) and len(shown) == 3
+            if triplets == "images":  # each row shows an image of its class
+                assert torch.equal(LABELS[image], shown)
+            else:  # all show the root
+                assert image.tolist() == [batch.image[g].item()] * 3
+            seen.add(tuple(shown.tolist()))
     assert seen == set(itertools.combinations(range(4), 3))
+    assert len(drawn(B=2, triplet_part=0.01)[1].image) == 2 + 3  # one triplet at least
 
 
 @pytest.mark.parametrize("balance, expected", [("data", [0.5, 0.3, 0.15, 0.05]), ("uniform", [0.25] * 4)])
@@ -248,14 +249,13 @@ def test_each_image_has_its_own_t_and_coin_and_classes_come_by_balance(balance, 
     assert times == set(range(1, 51))
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"triplets": "images"}, {"spacing": True}, {"distance": "squared"}, {"ordinal": 0.0}])
+@pytest.mark.parametrize("changes", [{}, {"triplets": "images"}, {"distance": "squared"}, {"ordinal": 0.0}])
 def test_total_loss_is_equation_8(changes):
     """Against one image and one triplet at a time, with a model that is a formula."""
     direction, images = noise(5, 3, 8, 8, seed=7), noise(100, 3, 8, 8, seed=8)
     model = lambda x, t, c, root=None: 0.5 * x + direction[c] * (1 + t[:, None, None, None] / 50)
     for step in range(4):
-        config, batch = drawn(step, 13, **{"ordinal": 0.7, "class_dropout": 0.3, **changes})
+        config, batch = drawn(step, 13, **{"ordinal": 0.7, "class_dropout": 0.3, "triplet_part": 0.25, **changes})
         alpha_bar, eps, x_0 = odm.alpha_bars(config), noise(13, 3, 8, 8, seed=50 + step), images[batch.image]
         estimates = []
         for row, root in enumerate(batch.root):
@@ -263,15 +263,11 @@ def test_total_loss_is_equation_8(changes):
             x_t = alpha_bar[t].sqrt() * x_0[row] + (1 - alpha_bar[t]).sqrt() * eps[root]
             estimates += model(x_t[None], t[None], batch.label[row][None])
         dm = np.mean([(eps[b] - estimates[b]).square().mean().item() for b in range(13)])
-        ordinal = 0.0
-        for g, rows in enumerate(batch.triplets):
-            if 4 not in batch.label[rows]:  # the null class has no place in the order
-                share = batch.share[g].item() if config.spacing else None
-                lambda_t = config.ordinal * batch.t[g].item() / 50
-                ordinal += lambda_t * by_hand(*(estimates[row] for row in rows), config.distance, share)
-        ordinal /= 3 * 0.7  # a quarter of 13 images, of which 0.7 are labelled on average
+        terms = [config.ordinal * batch.t[g].item() / 50 * by_hand(*estimates[13 + 3 * g :][:3], config.distance)
+                 for g in range(3)] if config.ordinal else [0.0]
         found = odm.total_loss(model, x_0, eps, batch, alpha_bar, config)
-        assert torch.stack(found).tolist() == pytest.approx([dm + ordinal, dm, ordinal], rel=1e-5)
+        expected = [dm + np.mean(terms), dm, np.mean(terms)]
+        assert torch.stack(found).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -284,8 +280,9 @@ def falling(T, steps):
 class Gaussians:
     """The exact E[eps | x_t, c] where x_0 ~ N(means[c], std^2)."""
 
-    def __init__(self, means, std):
+    def __init__(self, means, std, **changes):
         self.means, self.std, self.num_classes, self.times = means, std, len(means), []
+        self.config, self.label = odm.Config(size=4, guidance=1.0, **changes), torch.nn.Embedding(1, 1)
 
     def __call__(self, x, t, c=0):
         self.times.append(t[0].item())
@@ -293,12 +290,11 @@ class Gaussians:
         return (1 - a).sqrt() * (x - a.sqrt() * self.means[c]) / (a * self.std**2 + 1 - a)
 
 
-def test_drawing_starts_at_T_and_lands_on_the_clean_image():
+def test_sampling_starts_at_T_and_lands_on_the_clean_image():
     target = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4) * 5
     for steps in (1, 7, 1000):
-        model = Gaussians(odm.to_unit(target), 0.0)
-        config = odm.Config(size=4, sample_steps=steps, guidance=1.0)
-        assert torch.equal(odm.draw_images(model, [0.0], [(0, 0)], config), target)
+        model = Gaussians(odm.to_unit(target), 0.0, sample_steps=steps)
+        assert torch.equal(odm.draw_images(model, [0.0], [(0, 0)]), target)
         assert model.times == falling(1000, steps)[:-1]
 
 
@@ -330,103 +326,18 @@ def test_ancestral_sampling_is_equation_2_with_the_variance_of_the_posterior():
 
 
 def test_guidance_and_a_position_between_two_classes():
-    model = lambda x, t, c: 0.1 * x + (c**2 + 0.01 * t)[:, None, None, None]
+    rows = []
+    model = lambda x, t, c: rows.append(len(c)) or 0.1 * x + (c**2 + 0.01 * t)[:, None, None, None]
     model.num_classes = 4
     x, t, position = noise(3, 3, 4, 4), torch.tensor([10, 20, 30]), torch.tensor([1.0, 3.0, 1.25])
     eps = lambda *c: model(x, t, torch.tensor(c))
     eps_c, null = 0.75 * eps(1, 3, 1) + 0.25 * eps(1, 3, 2), eps(4, 4, 4)
-    for s in (0.0, 1.0, 1 + 1e-6, 2.0):  # no jump at the neutral scale
-        assert max_error(odm.guided_eps(model, x, t, position, s), null + s * (eps_c - null)) < 1e-5
+    for s, evaluated in ((0.0, 3), (1.0, 4), (1 + 1e-6, 7), (2.0, 7)):  # no jump at the neutral scale
+        assert max_error(odm.guided_eps(model, position, s)(x, t), null + s * (eps_c - null)) < 1e-5
+        assert rows[-1] == evaluated
 
 
-# ------------------------------------------------------------------------------ read and move
-
-
-def test_read_position_is_the_best_of_a_grid():
-    """Of all mixes of neighbours, of which 301 are tried here, for a model whose estimates are no line."""
-    direction, x_0 = noise(4, 3, 6, 6, seed=3), noise(5, 3, 6, 6, seed=4)
-    model = lambda x, t, c: 0.6 * x + 0.3 * direction[c] * x.square()
-    model.num_classes = 4
-    grid, loss, rng = torch.linspace(0, 3, 301), torch.zeros(5, 301), torch.Generator().manual_seed(0)
-    for share in (0.1, 0.6):
-        t, eps, errors = torch.full((5,), round(1000 * share)), torch.randn(1, 3, 6, 6, generator=rng), 0
-        for sign in (1, -1):
-            x_t = odm.q_sample(x_0, t, sign * eps, ALPHA_BAR)
-            estimates = [odm.guided_eps(model, x_t, t, position.expand(5), 1.0) for position in grid]
-            errors = errors + torch.stack([odm.dm_loss(sign * eps, estimate) for estimate in estimates], 1)
-        loss += errors / errors[:, ::100].mean(1, keepdim=True).sqrt()  # as each t weighs
-    found = odm.read_position(model, x_0, ALPHA_BAR, parts=(0.1, 0.6))
-    assert max_error(found, grid[loss.argmin(1)]) < 0.006 and found.unique().numel() > 3
-
-
-def test_read_position_of_gaussians_on_a_line_is_the_projection():
-    """Class c: N(m + c v, s^2). What x_0 has beside the line, and eps, used with its mirror, do not count."""
-    m, v = noise(1, 3, 4, 4, seed=1), noise(1, 3, 4, 4, seed=2)
-    x_0 = m + torch.tensor([-1.0, 0.4, 1.7, 3.0, 5.0]).view(-1, 1, 1, 1) * v + noise(5, 3, 4, 4, seed=3)
-    projection = ((x_0 - m) * v).flatten(1).sum(1) / v.square().sum()
-    model = Gaussians(m + torch.arange(4).view(-1, 1, 1, 1) * v, 0.5)
-    assert max_error(odm.read_position(model, x_0, ALPHA_BAR), projection.clamp(0, 3)) < 1e-4
-    model.means = m.expand(4, -1, -1, -1)  # classes that coincide
-    assert odm.read_position(model, x_0, ALPHA_BAR).tolist() == [0] * 5
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    """Drawings that demo.pt has not seen, one of each grade in four folders, and their severities."""
-    root, severities = tmp_path_factory.mktemp("fresh"), []
-    for i, grade in itertools.product(range(4), range(4)):
-        file = root / f"patient {i}" / f"Mayo {grade}" / "a.png"
-        file.parent.mkdir(parents=True)
-        severity, rng = demo.scene(99, grade, i)
-        Image.fromarray(demo.draw(severity, rng)).save(file)
-        severities.append(severity)
-    return root, severities
-
-
-def test_grade_reads_the_severity_of_fresh_drawings(fresh, tmp_path, capsys):
-    root, truth = fresh
-
-    def grade(*argv):
-        assert odm.main(["grade", *map(str, argv), "--checkpoint", str(DEMO)]) == 0
-        return capsys.readouterr()
-
-    said = grade(root)
-    rows = list(csv.DictReader(said.out.splitlines()))
-    read = [float(row["severity"]) for row in rows]
-    assert np.corrcoef(read, truth)[0, 1] > 0.95 and np.abs(np.subtract(read, truth)).mean() < 0.2
-    assert [row["given"] for row in rows] == [f"Mayo {g}" for g in range(4)] * 4
-    assert all(abs(int(row["grade"][5:]) - s) <= 0.501 for row, s in zip(rows, read))  # the nearest
-    assert "16 images, quadratic kappa" in said.err and "mean severity read" in said.err
-    one, loose = root / "patient 2" / "Mayo 3" / "a.png", tmp_path / "x.png"
-    loose.write_bytes(one.read_bytes())
-    said = grade(one, loose)  # read as in other company
-    for row in csv.DictReader(said.out.splitlines()):
-        assert abs(float(row["severity"]) - read[11]) < 0.002
-    assert "no grades to compare with" in said.err
-
-
-def test_moved_drawings_are_near_their_truth(fresh, tmp_path):
-    """A scene can be drawn at any severity: a moved drawing is nearer to that than the given one."""
-    given = fresh[0] / "patient 1"
-    out = odm.sample(image=given, severity="0:2:1", checkpoint=DEMO, out=tmp_path, sample_steps=15)
-    rms = lambda file, truth: np.square(odm.read_square(file, 32).numpy() - truth).mean() ** 0.5
-    for target in range(3):
-        moved, unmoved = [], []
-        for grade in {0, 1, 2, 3} - {target}:
-            truth = 1.0 * demo.draw(target, demo.scene(99, grade, 1)[1], 32).transpose(2, 0, 1)
-            moved.append(rms(out / f"Mayo {target}" / f"Mayo {grade}-a.png", truth))
-            unmoved.append(rms(given / f"Mayo {grade}" / "a.png", truth))
-        assert np.mean(moved) < 0.85 * np.mean(unmoved), target
-    with Image.open(out / "series.gif") as series:
-        assert series.n_frames == 4  # 0, 1, 2, 1
-    assert len(odm.list_files(out)) == 3 * 4  # without the series and the sheet
-
-
-def test_an_image_drawn_at_its_own_severity_comes_back(fresh, tmp_path):
-    file = fresh[0] / "patient 1" / "Mayo 2" / "a.png"
-    out = odm.sample(image=file, severity="2", at="2", sample_steps=50, checkpoint=DEMO, out=tmp_path)
-    error = odm.read_square(out / "Mayo 2" / "a.png", 32).float() - odm.read_square(file, 32)
-    assert error.square().mean().sqrt() < 8  # grey levels
+# ---------------------------------------------------------------------------- read and move: LINE
 
 
 # ---------------------------------------------------------------------------------------- U-Net
@@ -495,7 +406,7 @@ def test_a_step_mirrors_images_and_clips_gradients():
             return 1000 * self.weight * x_t
 
     model, images = Recorder(1, 1, bias=False), torch.randint(0, 256, (100, 3, 8, 8), dtype=torch.uint8)
-    config, batch = drawn(flip=True)
+    config, batch = drawn(flip=True, ordinal=1.0)
     assert 0 < batch.flip.sum() < 8
     optimizer = torch.optim.Adam(model.parameters())
     losses = odm.training_step(model, Recorder(1, 1, bias=False), optimizer, images, batch,
@@ -519,7 +430,7 @@ def saved_at(out):
 
 
 def test_killed_training_ends_as_if_undisturbed(graded, tmp_path):
-    changes = dict(dropout=0.1, steps=60, log_every=20, save_every=5)
+    changes = dict(dropout=0.1, steps=60, log_every=3, save_every=5)
     killed, reached = tmp_path / "killed", [0]
     whole = odm.train(settings(graded, tmp_path / "whole", **changes))
     for pause in (0.0, 0.03):
@@ -533,9 +444,9 @@ def test_killed_training_ends_as_if_undisturbed(graded, tmp_path):
         reached.append(state_of(killed)["step"])
     assert 0 < reached[1] < reached[2] < 60
     with open(killed / "metrics.csv", "a") as file:  # killed after writing rows, before the checkpoint
-        file.write(f"{reached[2] + 1},1,1,1,1,,\n")
+        file.write(f"{reached[2] + 1},1,1,1,1,1,1\n")
     assert_same_run(whole, odm.train(settings(graded, killed, **changes)))
-    assert metrics_of(whole)["step"].tolist() == list(range(1, 61))
+    assert metrics_of(whole)["step"].tolist() == [n for n in range(1, 61) if n % 3 == 0 or n % 5 == 0]
 
 
 def test_init_starts_from_another_runs_averaged_weights(run, graded, tmp_path):
@@ -548,17 +459,6 @@ def test_init_starts_from_another_runs_averaged_weights(run, graded, tmp_path):
         assert differing == (set() if classes == 4 else {"label.weight"})
 
 
-def test_the_last_sheet_is_drawn_where_a_kill_prevented_it(graded, tmp_path, monkeypatch):
-    config = settings(graded, tmp_path)
-    monkeypatch.setattr(odm, "draw_images", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        odm.train(config)
-    monkeypatch.undo()
-    assert state_of(tmp_path)["step"] == 6 and not (tmp_path / "sheet.png").exists()
-    odm.train(config)
-    assert (tmp_path / "sheet.png").exists()
-
-
 def test_more_steps_after_a_decay_take_init(graded, tmp_path, capsys):
     odm.train(settings(graded, tmp_path / "a", steps=4, decay=0.5))
     argv = train_flags(data=graded, decay=0.5, steps=8)
@@ -566,21 +466,83 @@ def test_more_steps_after_a_decay_take_init(graded, tmp_path, capsys):
     assert odm.main([*argv, "--out", str(tmp_path / "b"), "--init", str(tmp_path / "a")]) == 0
 
 
-def test_progress_is_said_after_the_first_step_and_its_means_outlive_a_save(graded, tmp_path, capsys):
-    odm.train(settings(graded, tmp_path, log_every=6, save_every=1))
-    said = [line for line in capsys.readouterr().out.splitlines() if "L_DM" in line]
-    assert said[0].startswith("1/6 steps") and re.search(r"\d:\d\d:\d\d left", said[0])
-    assert said[-1].startswith("6/6 steps") and f"L_DM {metrics_of(tmp_path)['dm'].mean():.4f}" in said[-1]
+def test_a_row_is_the_mean_of_the_losses_since_the_one_before(graded, tmp_path, monkeypatch, capsys):
+    seen, step = [], odm.training_step
+    monkeypatch.setattr(odm, "training_step", lambda *args: seen.append(step(*args)) or seen[-1])
+    odm.train(settings(graded, tmp_path, steps=7, log_every=3, save_every=5))
+    rows = metrics_of(tmp_path)
+    assert rows["step"].tolist() == [3, 5, 6, 7]
+    for row, of in zip(rows, (seen[:3], seen[3:5], seen[5:6], seen[6:])):
+        expected = torch.stack(of).mean(0)
+        assert max_error([row[name] for name in ("loss", "dm", "ordinal", "grad_norm")], expected) < 1e-6
+    said = [line for line in capsys.readouterr().out.splitlines() if "steps" in line]
+    assert said[0].startswith("1/7 steps") and re.search(r"\d:\d\d:\d\d left", said[0])
+    assert said[-1].startswith("7/7 steps") and f"dm {rows['dm'][-1]:.3g}" in said[-1]
+
+
+def test_held_out_is_the_loss_on_unseen_images(graded, tmp_path, capsys):
+    """Memorised: dm goes on falling while held_out turns."""
+    seen = write_images(tmp_path / "seen", {"0": 2, "1": 2, "2": 2}, sides=(8, 8))
+    unseen = write_images(tmp_path / "unseen", {"0": 3, "1": 40, "2": 40}, seed=1, sides=(8, 8))
+    changes = dict(ch=16, steps=300, lr=3e-3, ema=0.9, flip=False, log_every=20, save_every=300, ordinal=0.0)
+    out = odm.train(settings(seen, tmp_path / "run", held_out=str(unseen), **changes))
+    rows = metrics_of(out)
+    turn = rows["held_out"].argmin()
+    assert turn < len(rows) - 3 and rows["held_out"][-1] > 1.05 * rows["held_out"][turn]
+    assert rows["dm"][-3:].mean() < 0.8 * rows["dm"][turn]
+
+    # The last row by a loop: one image of each class in turn, at t from 1 to T, eps of one generator.
+    model = odm.load_network(out, "cpu").model
+    images, labels, _ = odm.load_images(unseen, 8)
+    assert held_out_classes(labels) == [3, 31, 30] or held_out_classes(labels) == [3, 30, 31]
+    chosen = chosen_of(labels)
+    eps = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    alpha_bar, losses = odm.alpha_bars(settings()), []
+    for n, i in enumerate(chosen):
+        t = round(1 + n * 49 / 63)
+        x_t = alpha_bar[t].sqrt() * odm.to_unit(images[i]) + (1 - alpha_bar[t]).sqrt() * eps[n]
+        with torch.no_grad():
+            estimate = model(x_t[None].float(), torch.tensor([t]), labels[i][None])
+        losses.append((estimate[0] - eps[n]).square().mean().item())
+    assert np.mean(losses) == pytest.approx(rows["held_out"][-1], rel=1e-4)
+    assert "held_out" not in (odm.train(settings(graded, tmp_path / "b")) / "metrics.csv").read_text()
+
+
+def chosen_of(labels):
+    """The 64 images that stand for a held-out set, by a loop: shuffled, one of each class, then another, ..."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+    heaps = [[i for i in shuffled if labels[i] == c] for c in range(3)]
+    chosen = []
+    while len(chosen) < 64:
+        firsts = [heap.pop(0) for heap in heaps if heap]
+        chosen += sorted(firsts, key=shuffled.index)
+    return chosen[:64]
+
+
+def held_out_classes(labels):
+    return labels[chosen_of(labels)].bincount().tolist()
+
+
+def test_held_out_images_are_others_of_the_same_classes(graded, tmp_path, capsys):
+    twins = write_images(tmp_path / "twins", {f"Mayo {c}": 2 for c in range(4)}, seed=9)
+    image = (graded / "Mayo 2" / "Mayo2_1.png").read_bytes()
+    (twins / "Mayo 2" / "renamed.png").write_bytes(image)
+    fewer = write_images(tmp_path / "fewer", {"Mayo 0": 2, "Mayo 1": 2})
+    for expected, held_out in (("20 of its 20 images are also among", graded),
+                               ("1 of its 9 images are also among", twins),
+                               ("classes ['Mayo 0', 'Mayo 1'], but --data has", fewer)):
+        argv = train_flags(data=graded, out=tmp_path / "run", held_out=held_out)
+        assert expected in error_of(capsys, odm.main, *argv)
 
 
 def test_training_learns_and_the_ordinal_loss_straightens(tmp_path):
     """The point of it all, on 8 images: with a heavy W estimates come to lie on a line; without, not."""
     data, straight = write_images(tmp_path / "data", {"0": 2, "1": 2, "2": 2, "3": 2}, sides=(8, 8)), []
     for weight in (0.0, 30.0):
-        changes = dict(ch=16, steps=120, lr=3e-3, ema=0.9, log_every=120, save_every=120)
+        changes = dict(ch=16, steps=120, lr=3e-3, ema=0.9, log_every=10, save_every=120)
         out = odm.train(settings(data, tmp_path / f"{weight}", ordinal=weight, flip=False, **changes))
         rows = metrics_of(out)
-        assert rows["dm"][:10].mean() > 0.9 and rows["dm"][-40:].mean() < 0.7
+        assert rows["dm"][0] > 0.9 and rows["dm"][-4:].mean() < 0.7
         straight.append(rows["straightness"][-1])
     assert straight[1] > straight[0] + 0.1
 
@@ -594,7 +556,7 @@ def test_a_run_that_fails_keeps_its_last_checkpoint(graded, tmp_path, capsys, mo
     odm.train(settings(graded, tmp_path, steps=2))
     before, names = (tmp_path / "checkpoint.pt").read_bytes(), sorted(tmp_path.iterdir())
     for owner, name, failing, expected in (
-        (odm, "dm_loss", diverged, "step 3: the loss is not finite"),
+        (odm, "dm_loss", diverged, "step 4: the loss is not finite"),
         (torch, "save", full, "free some space"),
         (odm, "total_loss", lambda *_: torch.zeros(2**46), "lower --batch"),  # 256 TiB
         (odm, "total_loss", lambda *_: np.zeros(2**46), "lower --batch"),
@@ -616,13 +578,13 @@ def test_stop_signals_save_and_say_how_to_go_on(graded, tmp_path, number):
     assert process.returncode == 128 + number and errors == ""
     step = state_of(tmp_path / "a b" / "\u00e9")["step"]
     assert f"stopped and saved at step {step:,}; the same command goes on" in said
-    assert metrics_of(tmp_path / "a b" / "\u00e9")["step"][-1] == step
+    assert np.atleast_1d(metrics_of(tmp_path / "a b" / "\u00e9"))["step"][-1] == step
 
 
 def test_two_processes(graded, tmp_path):
-    """They train one network, resume it bit by bit, draw the files that one draws, and say an error once."""
+    """They train one network, sample the files that one samples, and say an error once."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    changes = dict(dropout=0.1, lr=0.01, warmup=100)
+    changes = dict(dropout=0.1, lr=0.01, warmup=100, log_every=1)
     (tmp_path / "both.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
@@ -638,21 +600,22 @@ odm.dist.destroy_process_group()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
     # Losses and gradient of the first step are the means of those that each process would have alone.
-    config = settings(dropout=0.1, lr=0.0)
+    config = settings(dropout=0.1)
     images, labels, _ = odm.load_images(graded, 8)
     torch.manual_seed(odm.seed_of("weights", 0))
-    model = odm.UNet(config, 4).train()
-    found, optimizer = [], torch.optim.Adam(model.parameters(), lr=0.0)
+    model, alpha_bar, found = odm.UNet(config, 4).train(), odm.alpha_bars(config), []
     for rank in (0, 1):
-        rng = torch.Generator().manual_seed(odm.seed_of("batch", 0, 0, rank))
-        batch = odm.draw_batch(labels, (0.0, 1.0, 2.0, 3.0), config, 4, rng)
+        batch = odm.draw_batch(labels, 4, config, 4, torch.Generator().manual_seed(odm.seed_of("batch", 0, 0, rank)))
         torch.manual_seed(odm.seed_of("eps", 0, 0, rank))
-        alone = lambda tensors: found.append(torch.cat([tensor.flatten() for tensor in tensors]))
-        odm.training_step(model, model, optimizer, images, batch, odm.alpha_bars(config), config, 0, alone)
-    losses, gradient = ((found[0] + found[1]) / 2).split([3, len(found[0]) - 3])
+        x_0 = odm.to_unit(images[batch.image])
+        x_0 = torch.where(batch.flip[batch.root].view(-1, 1, 1, 1), x_0.flip(-1), x_0)
+        found.append(torch.stack(odm.total_loss(model, x_0, torch.randn(4, 3, 8, 8), batch, alpha_bar, config)))
+    losses = (found[0] + found[1]) / 2
+    losses[0].backward()
+    grad_norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     row = metrics_of(tmp_path / "whole")[0]
     expected = [row[name] for name in ("loss", "dm", "ordinal", "grad_norm")]
-    assert max_error([*losses, gradient.norm()], expected) < 1e-5
+    assert max_error([*losses.tolist(), grad_norm], expected) < 1e-5
 
     odm.sample(tmp_path / "whole", n=20, batch=4, out=tmp_path / "one")
     one = pictures(tmp_path / "one")
@@ -673,50 +636,105 @@ def classes_of(root, *args, **kwargs):
     return names, labels.bincount(minlength=len(names)).tolist()
 
 
-def test_limuc_both_layouts_side_by_side(tmp_path, capsys):
-    n, by_patient = 0, tmp_path / "patient_based_classified_images"
-    for split, counts in (("train_and_validation_sets", (4, 2, 1, 1)), ("test_set", (2, 1, 1, 0))):
-        for grade, count in enumerate(counts):
-            for n in range(n + 1, n + 1 + count):
-                for folder in (tmp_path / split, by_patient / f"{n % 5 + 1}"):
-                    write_image(folder / f"Mayo {grade}" / f"UC_patient_{n}_1.bmp", n)
-    write_image(tmp_path / "test_set" / "Mayo 1" / "New folder (2)" / "UC_patient_99_1.bmp", 99)
-    write_image(by_patient / "7" / "Mayo 2" / "copy" / "UC_patient_98_1.bmp", 98)
-    write_image(by_patient / "2" / "Mayo 0" / "Mayo 0" / "UC_patient_97_1.bmp", 97)
-    (tmp_path / "test_set" / "Mayo 1" / "._UC_patient_1_1.bmp").write_bytes(b"x")  # of a Mac
-    assert classes_of(tmp_path) == (["Mayo 0", "Mayo 1", "Mayo 2", "Mayo 3"], [7, 4, 3, 1])
-    assert "12 twins" in capsys.readouterr().out
-    assert classes_of(by_patient)[1] == [7, 3, 3, 1]
+def tree(root, files):
+    """A folder with random images, named in a list with | between; returns root."""
+    for seed, file in enumerate(files.split("|")):
+        if file.endswith((".png", ".bmp", ".jpg", ".PNG")):
+            write_image(root / file, seed)
+        elif file:
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / file).touch()
+    return root
 
 
-def test_only_equal_images_of_one_class_and_name_are_twins(tmp_path):
-    for folder, seed in (("train/0", 1), ("test/0", 2), ("third/0", 2), ("test/1", 2)):
-        write_image(tmp_path / folder / "1.bmp", seed)
-    assert classes_of(tmp_path)[1] == [2, 1]  # the second and third of class 0 are one
+FIVE = "000.png|001.png|002.png|003.png|004.png"
+ROWS = "000,0 001,0 002,1 003,2 004,2"
 
 
-def test_which_folder_is_the_class_and_in_what_order(tmp_path, capsys):
-    def tree(name, counts, order="", refused=""):
-        data = write_images(tmp_path / name, counts)
-        if refused:
-            argv = train_flags(data=data, out=tmp_path / "run", order=order)
-            assert refused in error_of(capsys, odm.main, *argv)
-        return data
+def table(rows=ROWS, header="image,level", encoding="utf-8"):
+    return "\n".join([header, *rows.split(" "), ""]).encode(encoding)
 
-    # A number in the name of a folder above is no grade.
-    grades = ("mild", "moderate", "severe")
-    folds = tree("folds", {f"fold{i}/{name}": 1 for i in (1, 2, 3) for name in grades}, refused="--order")
-    assert classes_of(folds, order="mild,moderate, severe") == (list(grades), [3, 3, 3])
-    below = {f"{name}/patient {i}": 1 for i in range(15) for name in ("a", "b")}
-    below = tree("below", below, refused="patients, most likely")
-    assert classes_of(below, order="b,a") == (["b", "a"], [15, 15])
-    patients = tree("patients", {"1/0": 2, "1/1": 1, "2/0": 1, "2/2": 1})
-    assert classes_of(patients) == (["0", "1", "2"], [3, 1, 1])
-    above = tree("above", {"x/Mayo 0": 1, "x/Mayo 1": 1, "": 1})  # one above the classes: of none
-    assert classes_of(above)[1] == [1, 1]
-    numbers = tree("numbers", {"grade 10": 1, "grade 9": 1, "grade 2": 1})
-    assert classes_of(numbers)[0] == ["grade 2", "grade 9", "grade 10"]
-    tree("names", {"No_DR": 2, "Mild": 1}, order="No_DR,Grave", refused="name each of them once")
+
+# What it is; the files; the CSV t.csv; flags of train; the line that train prints, or ! and its error.
+INPUTS = [
+    ("numbers rank", "grade 10/a.png|grade 9/a.png|grade 2/a.png", "", "", "grade 2 1, grade 9 1, grade 10 1"),
+    ("numbers as a whole", "-2/a.png|-1/a.png|0.5/a.png", "", "", "-2 1, -1 1, 0.5 1"),
+    ("a hyphen is no minus", "grade-0/a.png|grade-1/a.png|grade-2/a.png", "", "", "grade-0 1, grade-1 1, grade-2 1"),
+    ("splits", "train/0/a.png|test/0/a.png|train/1/a.png|b.png", "", "",
+     "0 2, 1 1; 1 images without a class, as b.png"),
+    ("names", "mild/a.png|severe/a.png|x/mild/b.png|other/c.png", "", "--order=mild,severe",
+     "mild 2, severe 1; 1 images without a class, as other/c.png"),
+    ("names without order", "mild/a.png|severe/a.png", "", "", "!mild, severe: no classes in a plain order"),
+    ("a mistyped order", "mild/a.png|severe/a.png", "", "--order=mild,grave", "!there are: mild, severe"),
+    ("a name twice", "a/a.png|b/a.png", "", "--order=a,b,a", "!name each class once"),
+    ("folders below classes", "0/left/a.png|1/left/a.png|1/right/b.png", "", "--order=0,1", "0 1, 1 2"),
+    ("two levels", "KL 0/visit 1/a.png|KL 1/visit 2/a.png", "", "",
+     "!numbered folders on two levels, visit 1, visit 2 below KL 0, KL 1"),
+    ("many patients above", "|".join(f"{n}/Mayo {n % 3}/a.bmp" for n in range(40)), "", "",
+     "Mayo 0 14, Mayo 1 13, Mayo 2 13"),
+    ("many patients below", "|".join(f"{c}/patient {n}/a.png" for n in range(15) for c in "ab"), "", "",
+     "!15 folders or grades, patient 0,"),
+    ("shards and a table", "00000/a.png|00001/b.png|dataset.json", "", "",
+     "00000 1, 00001 1; files not read: .json 1"),
+    ("other suffixes", "0/a.png|1/a.png|2/a.jfif|2/b.jfif|3/a.dcm", "", "",
+     "0 1, 1 1; files not read: .jfif 2, .dcm 1"),
+    ("runs, samples, hidden", "0/a.png|1/a.png|runs/2/checkpoint.pt|runs/2/sheet.png|samples/x/sample.json|"
+     "samples/x/3/a.png|.hidden/4/a.png", "", "", "0 1, 1 1"),
+    ("a CSV that is not named", "0/000.png|1/001.png", table(), "", "0 1, 1 1; files not read: .csv 1"),
+    ("no classes but a CSV", FIVE, table(), "", "!name a CSV of grades itself, as .*t.csv"),
+    ("a CSV", FIVE.replace("000", "x/000") + "|unlisted.png", table(), "t.csv",
+     "0 2, 1 1, 2 2; 1 images without a class, as unlisted.png"),
+    ("other columns", FIVE + "|e.json", table(header="Path, Mayo Score "), "t.csv|--columns=path,mayo score",
+     "0 2, 1 1, 2 2; files not read: .json 1"),
+    ("capitals, blanks", FIVE, table(header=" ID_code, Diagnosis"), "t.csv", "0 2, 1 1, 2 2"),
+    ("semicolons", FIVE, table().replace(b",", b";"), "t.csv", "0 2, 1 1, 2 2"),
+    ("tabs, UTF-16", FIVE, table(ROWS.replace(",", "\t"), "image\tlevel", "utf-16"), "t.csv", "0 2, 1 1, 2 2"),
+    ("IDs in other forms", "a/000.png|a/B.PNG|b/cc.jpg|d.bmp|e.1.png",
+     table("000.jpeg,0 b,0 b\\CC.JPG,1 images/D.png,2 e.1,2.0"), "t.csv", "0 2, 1 1, 2 2"),
+    ("2 and 2.0", FIVE, table("000,2 001,2.0 002,1.0 003,1 004,-1"), "t.csv", "-1 1, 1 2, 2 2"),
+    ("an order leaves out", FIVE, table("000,-1 001,0 002,NA 003,1 004,"), "t.csv|--order=-1,0,1",
+     "-1 1, 0 1, 1 1; 2 images without a class, as 002.png"),
+    ("IDs without an image", FIVE[:23], table(), "t.csv",
+     "0 2, 1 1; 2 rows of the CSV without an image, as 003"),
+    ("an ID in two folders", "train/000.png|test/000.png", table(), "t.csv",
+     "!000 fits .*test/000.png and .*train/000.png; put the CSV above one"),
+    ("told apart by folders", "train/a.png|test/a.png", table("train/a,0 test/a,1"), "t.csv", "0 1, 1 1"),
+    ("another folder", "test/a.png|test/b.png", table("train/a,0 train/b,1"), "t.csv", "!an ID is train/a, an image a"),
+    ("a name and its suffix", "a.png|a.jpg|b.jpg", table("a.jpg,0 b.jpg,1"), "t.csv",
+     "0 1, 1 1; 1 images without a class, as a.png"),
+    ("no ID fits", FIVE, table("a,0 b,1"), "t.csv", "!an ID is a, an image 000.png"),
+    ("no header", FIVE, table(header="000,0"), "t.csv", "!no columns image,level or id_code,diagnosis, but 000, 0"),
+    ("one-hot", FIVE, table("000,0,1", "image,N,MILD"), "t.csv", "!but image, N, MILD; name two"),
+    ("no such column", FIVE, table(), "t.csv|--columns=image,grade", "!no columns image,grade, but image, level"),
+    ("a second grade", FIVE, table(ROWS + " 000.png,1"), "t.csv", "!000.png a second grade"),
+    ("a quote that never ends", FIVE, b'image,level\n"' + 200_000 * b"x", "t.csv", "!t.csv: not readable as a CSV"),
+    ("an empty CSV", FIVE, b"\n", "t.csv", "!t.csv: no columns"),
+    ("no image", "a.jfif", table(), "t.csv", "!no images in it .*.jfif 1"),
+    ("one class", "0/a.png|0/b.png", "", "", "!1 folders or grades, 0: no classes"),
+]
+
+
+@pytest.mark.parametrize("files, content, flags, expected", [row[1:] for row in INPUTS],
+                         ids=[row[0] for row in INPUTS])
+def test_classes_are_found_or_refused(files, content, flags, expected, tmp_path, capsys):
+    data = tree(tmp_path / "data", files)
+    if content:
+        (data / "t.csv").write_bytes(content)
+    named = [flag for flag in flags.split("|") if flag.startswith("--")]
+    given = data / "t.csv" if flags.startswith("t.csv") else data
+    if expected.startswith("!"):
+        error = error_of(capsys, odm.main, *train_flags(data=given, out=tmp_path / "run"), *named)
+        assert re.search(expected[1:], error), error
+    else:
+        odm.find_images(given, **dict(flag[2:].split("=", 1) for flag in named))
+        assert capsys.readouterr().out == f"{given}: {expected}\n"
+
+
+def test_the_grade_of_a_row_goes_to_its_image(tmp_path):
+    (tree(tmp_path, FIVE) / "t.csv").write_bytes(table(" ".join(ROWS.split(" ")[::-1])))
+    images, labels, names = odm.load_images(tmp_path / "t.csv", 8)
+    assert labels.tolist() == [0, 0, 1, 2, 2] and names == ["0", "1", "2"]
+    assert torch.equal(images[3], odm.read_square(tmp_path / "003.png", 8))
 
 
 def test_linked_folders_are_read_and_loops_do_no_harm(tmp_path):
@@ -746,32 +764,6 @@ def test_crop_is_the_middle_128_of_a_frame_and_the_middle_square_of_others(tmp_p
     assert (square(checker, 8)[:, 2:-2, 2:-2].float() - 127.5).abs().max() < 3  # antialiased
 
 
-def test_grades_from_a_csv(tmp_path, capsys):
-    for i, stem in enumerate("10_left 10_right 13_left 15_left 16_left 17_left unlisted".split()):
-        write_image(tmp_path / "eyepacs" / "eyepacs" / f"{stem}.png", i)
-    rows = "0,10_left 0,10_right 4,13_left 2,15_left 1,16_left 3,17_left 0,404_left".split()
-    (tmp_path / "trainLabels.csv").write_text("\n".join(["level,image", *rows]))
-    images, labels, names = odm.load_images(tmp_path, 8)
-    assert names == ["0", "1", "2", "3", "4"] and labels.tolist() == [0, 0, 4, 2, 1, 3]
-    assert torch.equal(images[2], odm.read_square(tmp_path / "eyepacs" / "eyepacs" / "13_left.png", 8))
-    assert "1 without a class" in capsys.readouterr().out
-    (tmp_path / "second.csv").write_text("image,level,Usage\nunlisted.png,3,Public\n10_left\n")
-    assert classes_of(tmp_path)[1] == [2, 1, 1, 2, 1]  # both tables count
-    (tmp_path / "third.csv").write_text("image,level\n10_left,1\n")
-    with pytest.raises(odm.UserError, match="10_left a second grade"):
-        classes_of(tmp_path)
-
-
-def test_a_csv_of_other_columns_goes_before_folders(tmp_path):
-    data = write_images(tmp_path, {"a": 2, "b": 1})
-    (data / "t.csv").write_text("path,Mayo\na/a_0.png,1\na/a_1,2\nb_0,3\n")
-    assert classes_of(data, columns="path,Mayo") == (["1", "2", "3"], [1, 1, 1])
-    with pytest.raises(odm.UserError, match="--columns path,grade: no CSV"):
-        classes_of(data, columns="path,grade")
-    (data / "t.csv").write_text("id_code,diagnosis\na_0,7\nb_0,9\n")  # APTOS'
-    assert classes_of(data)[0] == ["7", "9"]
-
-
 def test_pixels_are_read_right(tmp_path):
     def pixels(image, name, **options):
         image.save(tmp_path / name, **options)
@@ -787,6 +779,27 @@ def test_pixels_are_read_right(tmp_path):
     assert np.argwhere(pixels(turned, "turned.png", exif=exif) == 0).tolist() == [[0, 1, 1], [0, 1, 2]]
     with pytest.raises(odm.UserError, match="float.tif.*32 bits"):
         pixels(Image.fromarray(np.full((2, 2), 1.5, np.float32)), "float.tif")
+    with pytest.raises(odm.UserError, match="twelve.png.*almost black"):
+        pixels(Image.fromarray(np.array([[0, 4095]], np.uint16)), "twelve.png")
+    for name, value in (("colours.png", 40000), ("dark.png", 4095)):  # which Pillow reads, but cannot write
+        rgb = b"".join(b"\0" + np.full((2, 3), value, ">u2").tobytes() for _ in range(2))
+        (tmp_path / name).write_bytes(png(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)) + png(
+            b"IDAT", zlib.compress(rgb)) + png(b"IEND", b""))
+    assert np.asarray(odm.read_image(tmp_path / "colours.png")).tolist() == [[[156] * 3] * 2] * 2
+    with pytest.raises(odm.UserError, match="dark.png.*almost black"):
+        odm.read_image(tmp_path / "dark.png")
+    hidden = Image.new("RGBA", (2, 1), (200, 100, 50, 255))
+    hidden.putpixel((1, 0), (200, 100, 50, 0))
+    assert pixels(hidden, "hidden.png").tolist() == [[[200, 100, 50], [0, 0, 0]]]
+    assert pixels(hidden.convert("LA"), "grey.png")[0, 1].tolist() == [0, 0, 0]
+    profile = np.random.default_rng(0).bytes(3_000_000)
+    assert pixels(turned, "profile.png", icc_profile=profile).shape == (2, 4, 3)
+
+
+def png(kind: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG file; the first carries the file's signature."""
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return b"\x89PNG\r\n\x1a\n" * (kind == b"IHDR") + chunk
 
 
 def damaged(rng, folder):
@@ -858,17 +871,17 @@ def test_sample_folders_and_sheet(run, tmp_path, monkeypatch):
 
 
 def test_image_i_depends_on_seed_class_and_i_alone(run, tmp_path):
-    def draw(name, *args, **kwargs):
+    def samples(name, *args, **kwargs):
         out = odm.sample(run, *args, out=tmp_path / name, eta=1.0, **kwargs)
         return [np.asarray(Image.open(out / "Mayo 2" / f"{i:05d}.png")).astype(int) for i in range(3)]
 
-    few, many = draw("few", "2", n=3, batch=2), draw("many", "all", each=6, batch=5)
+    few, many = samples("few", "2", n=3, batch=2), samples("many", "all", each=6, batch=5)
     assert np.abs(np.subtract(few, many)).max() <= 1  # the last bit may round the other way
     assert len({image.tobytes() for image in few}) == 3
-    assert np.abs(np.subtract(few, draw("other", "2", n=3, seed=1))).max() > 20
+    assert np.abs(np.subtract(few, samples("other", "2", n=3, seed=1))).max() > 20
 
 
-def test_the_checkpoint_that_comes_along_draws_rising_severity(tmp_path, monkeypatch):
+def test_the_bundled_checkpoint_samples_rising_severity(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no runs here
     out = odm.sample(severity="0:3:3", each=5, sample_steps=20)
     assert out == Path("samples/data-demo-4800-series") and DEMO.stat().st_size < 3e6
@@ -878,13 +891,13 @@ def test_the_checkpoint_that_comes_along_draws_rising_severity(tmp_path, monkeyp
 
 
 def test_severities_on_the_command_line():
-    classes = odm.Classes(["Mayo 1", "Mayo 2", "Mayo 3"], [1.0, 2.0, 3.0], [5, 3, 2])
-    parse = lambda text: odm.parse_severities(text, classes)
+    parse = lambda text, names=("Mayo 1", "Mayo 2", "Mayo 3"): odm.parse_severities(text, list(names))
     assert parse("3") == {"Mayo 3": 2.0} and parse("Mayo 2") == {"Mayo 2": 1.0}
     assert parse("1:2:0.25") == {"Mayo 1": 0.0, "1.25": 0.25, "1.5": 0.5, "1.75": 0.75, "Mayo 2": 1.0}
     assert parse("all") == parse("1:3:1") == {"Mayo 1": 0.0, "Mayo 2": 1.0, "Mayo 3": 2.0}
-    gap = odm.Classes(["0", "2"], [0.0, 2.0], [1, 1])
-    assert odm.parse_severities("1", gap) == {"1": 0.5}  # between two classes, by their severities
+    assert parse("1", ("0", "2")) == {"1": 0.5}  # between two classes, by their severities
+    assert parse("-0.5", ("-1", "0", "1")) == {"-0.5": 0.5}
+    assert parse("1", ("none", "mild", "grave")) == {"mild": 1.0}
     for wrong in ("0", "4", "Mayo 4", "1:2:0", "3:1:1", "1:2:3:4", "1:3", "nan", "", "1:nan:1", "1:3:1e-9"):
         with pytest.raises(odm.UserError, match="--class"):
             parse(wrong)
@@ -895,50 +908,61 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
     (tmp_path / "empty").mkdir()
     broken = write_images(tmp_path / "broken", {"0": 1, "1": 1, "2": 1})
     (broken / "1" / "1_0.png").write_bytes(b"")
-    damaged = write_images(tmp_path / "damaged", {"0": 1, "1": 1, "2": 1})
-    (damaged / "damaged.csv").write_text('image,level\n"' + 200_000 * "x")  # a quote that never ends
-    lock = odm.lock_folder(tmp_path / "busy")
+    foreign = write_images(tmp_path / "foreign", {f"Mayo {c}": 1 for c in range(4)}, seed=9)
+    (tmp_path / "file").write_text("")
+    slash = tree(tmp_path / "slash", "a.png|b.png")
+    (slash / "t.csv").write_bytes(table("a,0/3 b,1/3"))
     train, sample = train_flags(data=graded, out="x"), ["sample", "--checkpoint", run]
-    move = [*sample, "--image", graded]
     for expected, argv in {
-        "no such folder": [*train, "--data", "absent"],
-        "images of 0 classes": [*train, "--data", broken / "1"],
+        "absent: no such folder or CSV": [*train, "--data", "absent"],
+        "file: no such folder or CSV": [*train, "--data", "file"],
+        "no images in it": [*train, "--data", "empty"],
         "1_0.png: not readable": [*train, "--data", broken],
         "--size 7": [*train, "--size", "7"],
         "--ch: must be a multiple of 4 and of --groups": [*train, "--groups", "3"],
         "--triplets: invalid choice": [*train, "--triplets", "A\nB"],
-        "--triplet-part": [*train, "--triplet-part", "0"],
-        "another process is writing there": [*train, "--out", "busy"],
+        "--triplet-part -1.0: must be from": [*train, "--triplet-part", "-1"],
         "--ema (there 0.9999, now 0.5)": [*train, "--out", run, "--ema", "0.5"],
+        "--held-out (there , now ": [*train, "--out", run, "--held-out", foreign],
+        "metrics.csv: cannot be written": [*train, "--out", "file"],
         f"{run / 'checkpoint.pt'}: no whole checkpoint": [*train, "--ch", "16", "--init", run],
+        "--columns image,level: names two columns": [*train, "--columns", "image,level"],
+        "--columns score: names two columns": [*train, "--data", slash / "t.csv", "--columns", "score"],
+        "'0/3' cannot be the name of a folder": [*train, "--data", slash / "t.csv", "--order", "0/3,1/3"],
         "a severity from 0 to 3": [*sample, "--class", "4"],
         "none.pt: no whole checkpoint": ["sample", "--checkpoint", "none.pt"],
-        "--at 9": [*move, "--at", "9"],
-        "--at 0:2:1: name one severity": [*move, "--at", "0:2:1"],
-        "goes without -n": [*move, "-n", "3"],
-        "name them with --image": [*sample, "--at", "1"],
-        "absent.png": ["grade", "absent.png", "--checkpoint", run],
-        "no images in it": ["grade", "empty", "--checkpoint", run],
-        "--batch -1: must be from 1": ["grade", graded, "--batch", "-1"],
-        "--seed 9223372036854775808: must be from 0": ["grade", graded, "--seed", str(2**63)],
-        "-n, --each: a number of images": [*sample, "--each", "-1"],
-        "--columns score: name two": [*train, "--columns", "score"],
-        "damaged.csv: not readable as a CSV": [*train, "--data", "damaged"],
+        "foreign: holds other files": [*sample, "--out", foreign],
+        "-n, --each, --batch: numbers of images": [*sample, "--each", "-1"],
+        "--device nonsense:": [*sample, "--device", "nonsense"],
     }.items():
         assert expected in error_of(capsys, odm.main, *argv), expected
-    lock.close()
+    assert len(list(foreign.rglob("*"))) == 8  # four folders, four images and nothing else
+
+
+def test_metrics_that_a_spreadsheet_has_saved_are_named(graded, tmp_path, capsys):
+    file = odm.train(settings(graded, tmp_path, steps=4)) / "metrics.csv"
+    whole = file.read_text()
+    for changed in (whole.replace(",", ";"), "\ufeff" + whole, whole.replace("\n2,", "\n2.0,"), "\x00", ""):
+        file.write_text(changed, encoding="utf-16" if changed == whole else "utf-8")
+        error = error_of(capsys, odm.main, *train_flags(data=graded, out=tmp_path))
+        assert f"{file}: not as train with these flags writes it" in error and file.read_text() == changed
+    file.unlink()
+    assert odm.main(train_flags(data=graded, out=tmp_path)) == 0
+    assert metrics_of(tmp_path)["step"].tolist() == 6
+
+
+def test_file_names_that_the_terminal_cannot_show(tmp_path):
+    data = tree(tmp_path / "\u8178", "\u8efd/a.png|\u91cd/b.png|x.png")
+    process = command(HERE / "odm.py", *train_flags(data=data, out=tmp_path / "run", steps=1),
+                      "--order=\u8efd,\u91cd", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == "" and "\\u8efd 1, \\u91cd 1" in said
 
 
 def test_a_process_that_is_not_the_first_tells_of_its_own_memory(monkeypatch, capsys):
     monkeypatch.setattr(odm, "LOCAL_RANK", 1)
     monkeypatch.setattr(odm, "train", lambda config: np.zeros(2**46))  # 512 TiB
     assert "out of memory" in error_of(capsys, odm.main, "train")
-
-
-def test_a_row_of_metrics_names_its_step_to_the_last_digit(tmp_path):
-    log = odm.Log(tmp_path / "metrics.csv", 0)
-    log.pending.append((12_345_678, torch.ones(4), ","))
-    assert log.read()[-1] == "12345678,1,1,1,1,,"
 
 
 class Bomb(str):
@@ -949,7 +973,7 @@ class Bomb(str):
 
 
 def test_damaged_and_hostile_checkpoints_are_refused(run, tmp_path, capsys):
-    """Cut, a bit turned, code inside, another network, class names that are paths."""
+    """Cut, code inside, another network, class names that are paths."""
     whole, state = (run / "checkpoint.pt").read_bytes(), state_of(run)
 
     evil = tmp_path / "evil.pt"
@@ -961,19 +985,19 @@ def test_damaged_and_hostile_checkpoints_are_refused(run, tmp_path, capsys):
             evil.write_bytes(content)
         return error_of(capsys, odm.main, "sample", "--checkpoint", evil, "--out", tmp_path / "o")
 
-    turned, bomb = bytearray(whole), Bomb(tmp_path / "it ran")
-    turned[len(whole) // 2] ^= 4
+    bomb = Bomb(tmp_path / "it ran")
     other = {**state, "config": {**state["config"], "ch": 16}}
-    for content in (whole[:-2000], turned, pickle.dumps(bomb), {**state, "extra": bomb}, other):
+    for content in (whole[:-2000], pickle.dumps(bomb), {**state, "extra": bomb}, other):
         assert "evil.pt: no whole checkpoint" in refusal(content)
     for name in ("../../x", "/etc/x", "..", "a\\b"):
-        state["classes"]["names"][0] = name
+        state["names"][0] = name
         assert "cannot be the name of a folder" in refusal(state)
     assert list(tmp_path.iterdir()) == [evil]
 
 
 ODM_FLAGS = [odm.flag(f.name) for f in fields(odm.Config) if f.name not in ("data", "device")]
-FID_FLAGS = "--dims --weights --size --crop --order -k --batch --json --plot --trained-on --no".split()
+FID_FLAGS = "--dims --weights --size --crop --order --columns -k --batch --json --no".split()
+USEFULNESS_FLAGS = [*FID_FLAGS, "--trained-on", "--neighbours"]
 
 
 def test_what_the_readme_begins_with(graded, tmp_path, capsys, monkeypatch):
@@ -993,7 +1017,8 @@ def test_what_the_readme_begins_with(graded, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("main, words, names", [
-    (odm.main, ["train", "--data", "absent"], ODM_FLAGS), (fid.main, ["absent", "absent"], FID_FLAGS)])
+    (odm.main, ["train", "--data", "absent"], ODM_FLAGS), (fid.main, ["absent", "absent"], FID_FLAGS),
+    (usefulness.main, ["absent", "absent"], USEFULNESS_FLAGS)])
 def test_random_flags_fail_in_one_line(main, words, names, tmp_path, capsys, monkeypatch):
     """The data folder is absent, so that all of them do fail."""
     monkeypatch.chdir(tmp_path)
@@ -1084,11 +1109,123 @@ def test_command_line_of_the_drawings(tmp_path, capsys):
         assert all(word in error for word in words.split()), error
 
 
+# ----------------------------------------------------- data/retina.py and data/evidence/heldout.py
+
+CLASSES = torch.tensor([3, 0, 5, 1, 2, 4])
+GREYS = (51 * CLASSES).byte().view(-1, 1, 1, 1).expand(-1, 3, 4, 4)  # 0.4 c - 1 in [-1, 1]
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A tiny archive laid out like RetinaMNIST's, with the expected MD5."""
+    rng, arrays, file = np.random.default_rng(0), {}, tmp_path / "retinamnist.npz"
+    for split, grades in dict(train=[0, 1, 1, 4], val=[2, 3], test=[0, 1, 2, 3, 4]).items():
+        arrays[f"{split}_images"] = rng.integers(0, 256, (len(grades), 6, 6, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.array(grades, np.uint8)[:, None]
+    np.savez(file, **arrays)
+    monkeypatch.setitem(retina.ARCHIVES, 28, (file.name, hashlib.md5(file.read_bytes()).hexdigest()))
+    return file
+
+
+def test_retina_leaves_a_whole_set_alone_and_refuses_anything_else(archive, tmp_path, capsys):
+    out, test, arrays, there = tmp_path / "set", tmp_path / "set-test", np.load(archive), []
+    for _ in range(2):
+        retina.make(out, npz=archive)
+        there.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")})
+    assert there[0] == there[1] and len(list(tmp_path.iterdir())) == 3
+    for split, folder in dict(train=out, val=out, test=test).items():
+        for i, (image, (grade,)) in enumerate(zip(arrays[f"{split}_images"], arrays[f"{split}_labels"])):
+            assert max_error(np.array(Image.open(folder / str(grade) / f"{split}_{i:04d}.png")), image) == 0
+    shutil.rmtree(out)
+    victim = test / "3" / "test_0003.png"
+    whole = victim.read_bytes()
+    for change in (victim.unlink, lambda: write_image(victim, 1, sides=(6, 6)),
+                   lambda: victim.write_bytes(whole[:60]), lambda: write_image(test / "mine.png", 1)):
+        change()
+        before = pictures(tmp_path)
+        assert str(test) in error_of(capsys, retina.main, "--npz", archive, "--out", out)
+        assert pictures(tmp_path) == before and not out.exists()
+        victim.write_bytes(whole)
+
+
+def test_retina_downloads_once_and_keeps_nothing_damaged(archive, tmp_path, monkeypatch, capsys):
+    out, web = tmp_path / "data" / "set", tmp_path / "web"
+    monkeypatch.setattr(retina, "URL", web.as_uri() + "/{}")
+    assert re.search("npz: cannot be downloaded .* --npz", error_of(capsys, retina.main, "--out", out))
+    web.mkdir()
+    (web / archive.name).write_bytes(archive.read_bytes()[:-9])
+    assert "MD5" in error_of(capsys, retina.main, "--out", out) and not any(out.parent.iterdir())
+    archive.replace(web / archive.name)
+    assert retina.main(["--out", str(out)]) == 0
+    shutil.rmtree(web)
+    retina.make(out)  # from the file that is kept
+    assert {path.name for path in out.parent.iterdir()} == {archive.name, "set", "set-test"}
+    assert "afda852cc3" in error_of(capsys, retina.main, "--out", out, "--size", 64, "--npz", __file__)
+
+
+def formula(error):
+    """A network that finds the noise in an image of one grey, that of its class, and errs by error(t, c)."""
+    def model(x_t, t, c):
+        t, c = t.view(-1, 1, 1, 1), c.view(-1, 1, 1, 1)
+        return (x_t - ALPHA_BAR[t].sqrt() * (0.4 * c - 1)) / (1 - ALPHA_BAR[t]).sqrt() + error(t.double(), c)
+
+    model.config, model.label = odm.Config(size=4), torch.nn.Embedding(1, 1)
+    return odm.Network(model, [], [], Path(), "")
+
+
+def test_heldout_sees_every_tenth_of_t_alike_and_each_image_by_itself():
+    steps = formula(lambda t, c: ((1 + c) * (t / 100).ceil()).sqrt())  # loss (1 + c) n in the nth tenth
+    found, ramp = heldout.losses(steps, GREYS, CLASSES, draws=3), formula(lambda t, c: t / 1000)
+    means = {"1-100": 1, "101-300": 2.5, "301-600": 5, "601-1000": 8.5, "201-1000": 6.5, "1-1000": 5.5}
+    assert list(found) == list(means)
+    assert all(max_error(found[band] / (1 + CLASSES.numpy()), [means[band]] * 6) < 1e-4 for band in means)
+    for band, values in heldout.losses(ramp, GREYS, CLASSES).items():
+        assert len(set(values.round(4))) == 6  # each image has t of its own
+        for n, batch in ((6, 1), (6, 999), (2, 16)):  # neither the batch nor other images change them
+            assert max_error(heldout.losses(ramp, GREYS[:n], CLASSES[:n], 2, batch)[band], values[:n]) < 1e-6
+        more = heldout.losses(formula(lambda t, c: 1.1 * t / 1000), GREYS, CLASSES)[band]
+        assert max_error(heldout.difference(more, values), (21, 0)) < 1e-2
+
+
+def test_heldout_standard_errors():
+    first, x = np.random.default_rng(1).gamma(9, size=(2, 60))
+    x = first + x / 20
+    without = [np.delete(x, i).mean() / np.delete(first, i).mean() for i in range(60)]  # the jackknife
+    expected = 100 * (sum(x) / sum(first) - 1), 100 * np.std(without) * math.sqrt(59)
+    assert np.allclose(heldout.difference(x, first), expected, rtol=0.03)
+    assert np.allclose(heldout.quotient(np.array([1, 3]), np.array([2, 6])), (1 / 2, math.sqrt(2) / 4))
+
+
+def test_heldout_program(run, graded, tmp_path, capsys):
+    counts, file, tables = {"Mayo 0": 3, "Mayo 1": 2, "Mayo 2": 2, "Mayo 3": 1}, tmp_path / "numbers.json", []
+    unseen, state = write_images(tmp_path / "unseen", counts, 9), state_of(run)
+    for batch in (1, 999):
+        argv = [run, run, unseen, "--trained-on", graded, "--json", file, "--batch", batch, "--draws", 1]
+        assert heldout.main(list(map(str, argv))) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 7 * 7 and all(line.startswith((str(run), " ", "Mayo", "all")) for line in said)
+        tables.append(json.loads(file.read_text()))
+    (first, second), (again, _) = tables  # one image of Mayo 3: it has no standard error
+    for band, (value, _) in first["unseen"]["all"].items():
+        assert abs(sum(n * again["unseen"][c][band][0] for c, n in counts.items()) / 8 / value - 1) < 1e-5
+        assert [second["difference"][c][band] for c in ("all", "Mayo 3")] == [[0, 0], [0, None]]
+    state["config"]["beta_T"] = 0.03
+    torch.save(state, file)
+    for argv, hint in (([run, file, unseen], "beta_T"), ([run, graded, "--trained-on", graded], "20 of its"),
+                       ([run, unseen, "--order", "Mayo 1,Mayo 0"], "['Mayo 1',")):
+        assert hint in error_of(capsys, heldout.main, *argv)
+
+
 # --------------------------------------------------------------------------------------- fid.py
 
+normal = lambda n, d, seed, dtype=torch.float64: noise(n, d, seed=seed, dtype=dtype)
 
-def normal(n, d, seed, dtype=torch.float64):
-    return noise(n, d, seed=seed, dtype=dtype)
+
+def with_moments(mean, variance, n, seed):
+    """Features (n, d) of exactly this mean (d,) and this diagonal covariance."""
+    centred = normal(n, len(mean), seed)
+    columns = torch.linalg.qr(centred - centred.mean(0)).Q  # orthonormal, each with the sum 0
+    return mean + columns * ((n - 1) * torch.as_tensor(variance)).sqrt()
 
 
 def test_frechet_closed_forms():
@@ -1097,8 +1234,12 @@ def test_frechet_closed_forms():
     assert fid.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     assert fid.frechet_distance(x @ turn, (x + shift) @ turn) == pytest.approx(14.25, rel=1e-9)  # |shift|^2
     a, b = np.array([4.0, 1.0, 0.25, 1e-4, 0.0]), np.array([1.0, 9.0, 0.25, 0.0, 2.0])
-    found = fid.frechet_distance_from_moments(shift, np.diag(a), 0 * shift, np.diag(b))
-    assert found == pytest.approx(14.25 + ((a**0.5 - b**0.5) ** 2).sum(), rel=1e-9)  # root by root
+    for n, m in ((40, 30), (6, 40)):
+        x, y = with_moments(shift, a, n, 4), with_moments(0 * shift, b, m, 5)
+        expected = 14.25 + ((a**0.5 - b**0.5) ** 2).sum()  # root by root
+        assert fid.frechet_distance(x @ turn, y @ turn) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError), np.errstate(invalid="ignore"):
+        fid.frechet_distance(x, y[:1])
 
 
 @pytest.mark.parametrize("n, m, d", [(200, 150, 24), (20, 30, 64), (30, 200, 64)])
@@ -1109,7 +1250,6 @@ def test_frechet_against_eigenvalues_of_the_product(n, m, d):
     root = (np.linalg.eigvals(s1 @ s2).real.clip(0) ** 0.5).sum()
     expected = (mu1 - mu2).square().sum().item() + np.trace(s1) + np.trace(s2) - 2 * root
     assert fid.frechet_distance(x, y) == pytest.approx(expected, rel=1e-7)
-    assert fid.frechet_distance_from_moments(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-7)
 
 
 def test_kernel_distance_is_the_double_loop_and_its_error_the_jackknifes():
@@ -1149,80 +1289,18 @@ def test_precision_recall_against_loops(n, m, d, k):
     assert fid.precision_recall(black, black[:5]) == (1.0, 5 / 35)
 
 
-def test_quadratic_kappa_by_hand():
-    # observed cost 8 / 6; by chance: rows 2, 2, 2 and columns 2, 2, 2 -> cost (4 * 1 + 2 * 4) * 4 / 36
-    table = torch.tensor([[1, 0, 1], [0, 2, 0], [1, 0, 1]])
-    assert odm.quadratic_kappa(table) == pytest.approx(1 - (8 / 6) / (48 / 36))
-    assert math.isnan(odm.quadratic_kappa(torch.tensor([[3, 0], [0, 0]])))
-
-
-def test_ridge_penalty_has_the_least_leave_one_out_error():
-    labels, eye = torch.arange(24) % 3, torch.eye(6, dtype=torch.float64)
-    x, target = normal(24, 6, 1), (labels[:, None] > torch.arange(2)).double()
-    x[:, 0] += labels
-    total = ((x - x.mean(0)).square().sum() / 24).item()
-
-    def guess(rows, penalty, asked):  # equal classes: equal weights
-        a, b = x[rows] - x[rows].mean(0), target[rows] - target[rows].mean(0)
-        slope = torch.linalg.solve(a.T @ a / 24 + penalty * eye, a.T @ b / 24)
-        return target[rows].mean(0) + (asked - x[rows].mean(0)) @ slope
-
-    def left_out_error(penalty):  # every fit made anew without the image that is left out
-        guesses = [guess(torch.arange(24) != i, penalty, x[i]) for i in range(24)]
-        return (target - torch.stack(guesses)).square().sum().item()
-
-    best, asked = min(total * np.logspace(-5, 0, 11), key=left_out_error), 2 * normal(5000, 6, 2)
-    expected = (guess(torch.arange(24), best, asked) > 0.5).sum(1)
-    assert torch.equal(fid.ridge_classifier(x, labels, 3)(asked), expected)
-
-
-def test_generated_images_help_a_classifier_or_not():
-    direction = torch.nn.functional.normalize(normal(1, 40, 0), dim=1)
-
-    def draw(counts, seed):
-        labels = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
-        return normal(len(labels), 40, seed) + 3 * labels[:, None] * direction, labels
-
-    (real, labels), (x, y) = draw([200, 100, 60, 40], 1), draw([12, 6, 4, 2], 2)
-    z, asked = draw([80] * 4, 3)
-    both, wrong = torch.cat([x, z]), asked[torch.randperm(320, generator=torch.Generator().manual_seed(0))]
-    alone = fid.classifier_score(x, y, real, labels, 4)
-    helped = fid.classifier_score(both, torch.cat([y, asked]), real, labels, 4)
-    spoiled = fid.classifier_score(both, torch.cat([y, wrong]), real, labels, 4)
-    assert helped["kappa"] > alone["kappa"] + 0.1 > spoiled["kappa"] + 0.2
-    shown = fid.ridge_classifier(x, y, 4)(real)
-    assert alone["mean_error"] == pytest.approx((shown - labels).abs().double().mean().item())
-    assert alone["top_recall"] == pytest.approx((shown[labels == 3] == 3).double().mean().item())
-
-
-def test_copies_are_counted():
-    known, real, fresh = (normal(n, 32, seed, torch.float32) for n, seed in ((400, 1), (200, 2), (200, 3)))
-    fresh[:20] = known[100:120] + 1e-3 * normal(20, 32, 4, torch.float32)
-    ratio, places = fid.likeness(fresh, known, real)
-    assert (ratio <= 0.5).sum() == 20  # a tenth
-    to_known, to_real = (torch.cdist(fresh.double(), x.double()) for x in (known, real))
-    assert torch.equal(places, to_known.topk(3, largest=False).indices)
-    assert torch.allclose(ratio.double(), to_known.amin(1) / to_real.amin(1), rtol=1e-4)
-    one_kind = normal(1, 32, 6, torch.float32) + 0.2 * normal(300, 32, 5, torch.float32)
-    assert (fid.likeness(one_kind, known, real)[0] <= 0.5).sum() == 0  # low diversity, but no copies
-    assert fid.likeness(known[:4], known, known)[0].tolist() == [1] * 4  # an image of both sets is no copy
-
-
-def waves(shape, scale):
-    return scale * torch.cos(torch.arange(math.prod(shape), dtype=torch.float64) ** 1.5).float().view(shape)
-
-
 def fill_with_waves(network):
     """Weights that any implementation can be given: the same numbers on every machine."""
-    state = {}
-    for name, value in network.state_dict().items():
+    state = network.state_dict()
+    for name, value in state.items():
+        wave = torch.arange(value.numel(), dtype=torch.float64).pow(1.5).cos().view(value.shape)
         if name.endswith("conv.weight"):
-            state[name] = waves(value.shape, (4 / value[0].numel()) ** 0.5)
+            state[name] = (4 / value[0].numel()) ** 0.5 * wave
         elif name.endswith(("bn.running_var", "bn.weight")):
-            state[name] = 1 + waves(value.shape, 0.3)
+            state[name] = 1 + 0.3 * wave
         elif not name.endswith("num_batches_tracked"):
-            state[name] = waves(value.shape, 0.2)
-    network.load_state_dict(state, strict=False)
+            state[name] = 0.2 * wave
+    network.load_state_dict(state)
     return network
 
 
@@ -1253,9 +1331,10 @@ def test_load_weights_says_what_is_wrong(weights_64, tmp_path):
     with pytest.raises(odm.UserError, match="no Conv2d_3b_1x1.conv.weight, which --dims 768 needs"):
         fid.load_weights(768, str(weights_64))
     half, bad = weights_64.read_bytes()[:50_000], tmp_path / "bad.pth"
-    for content in (half, b"<html>Not found</html>", pickle.dumps(Bomb(tmp_path / "it ran"), 2)):
+    code = f"cos\nmkdir\n(S'{tmp_path / 'it ran'}'\ntR.".encode()  # a pickle that makes a folder
+    for content in (half, b"<html>Not found</html>", code):
         bad.write_bytes(content)
-        with pytest.raises(odm.UserError, match="no network in .*bad.pth.*name it with --weights"):
+        with pytest.raises(odm.UserError, match="(?s)no network in .*bad.pth.*name it with --weights"):
             fid.load_weights(64, str(bad))
     assert list(tmp_path.iterdir()) == [bad]
 
@@ -1282,86 +1361,186 @@ def test_download(weights_64, tmp_path, monkeypatch):
     fid.load_weights(64)  # from the cache
 
 
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Real images of three grades, what a generator saw, and what several drew, in one folder."""
+    """Real images of three classes, what a generator saw, and what several made, in one folder."""
     root = tmp_path_factory.mktemp("sets")
-    sets = {"real": (9, 6, 5), "seen": (9, 6, 5), "dm/deeper": (10, 7, 6), "odm": (3, 4, 5)}
+    sets = {"real": (9, 6, 5), "seen": (9, 6, 5), "dm": (5, 7, 11), "odm": (3, 4, 5)}
     for seed, name in enumerate(sets):
-        for grade, n in enumerate(sets[name]):
-            write_images(root / name, {f"Mayo {grade}": n}, 9 * seed + grade, low=60 * grade)
-    write_images(root, {"flat": 7})
-    write_images(root, {"odm": 2, "odm/1.5": 3})  # no classes of REAL
-    write_images(root / "between", {"0.5": 4, "1.5": 4})
-    write_images(root / "wide", {"Mayo 0": 4}, sides=(16, 24))
-    (root / "dm" / "sample.json").write_text("{}")
-    (root / "dm" / "sheet.png").write_bytes((root / "odm" / "1.5" / "1.5_0.png").read_bytes())
-    seen = root / "seen" / "Mayo 2" / "Mayo2_1.png"
-    (root / "odm" / "Mayo 0" / "Mayo0_0.png").write_bytes(seen.read_bytes())  # a copy
-    broken = write_images(root / "broken", {"Mayo 0": 4}) / "Mayo 0" / "Mayo0_2.png"
-    broken.write_bytes(b"")
-    (root / "empty").mkdir()
+        for c, n in enumerate(sets[name]):
+            write_images(root / name, {f"Mayo {c}": n}, 9 * seed + c, low=60 * c)
+    write_images(root, {"flat": 7, "flat2": 5, "odm": 2, "odm/1.5": 3, "between/0.5": 4, "between/1.5": 4,
+                        "two/dm/Mayo 0": 4, "two/odm/Mayo 0": 4, "ours/dm/Mayo 0": 4, "sizes/Mayo 0": 3})
+    write_images(root, {"sizes/Mayo 1": 2}, sides=(64, 64))
+    write_images(root, {"wide/Mayo 0": 5}, sides=(16, 24))
+    for folder in ("dm", "flat2", "ours/dm"):  # as `sample` leaves them
+        (root / folder / "sample.json").write_text("{}")
+        write_image(root / folder / "sheet.png", 0, sides=(90, 70))
+    copied = root / "seen" / "Mayo 2" / "Mayo2_1.png"
+    (root / "odm" / "Mayo 0" / "Mayo0_0.png").write_bytes(copied.read_bytes())
+    (root / "odm" / "notes.txt").write_text("")
+    (write_images(root, {"broken/Mayo 0": 4}) / "broken" / "Mayo 0" / "Mayo0_2.png").write_bytes(b"")
     return root
 
 
 def test_the_report_of_fid(folders, weights_64, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(folders)
-    files = {name: tmp_path / f"{name}.png" for name in ("json", "plot", "neighbours")}
-    network = ["--dims", "64", "--weights", str(weights_64)]
-    words = ["real", "dm", "odm", "flat", *network, "--trained-on", "seen"]
-    assert fid.main(words + [f"--{name}={file}" for name, file in files.items()]) == 0
+    words = f"real dm odm flat --dims 64 --json {tmp_path}/scores.json --weights".split()
+    assert fid.main([*words, str(weights_64)]) == 0
     out, err = capsys.readouterr()
-    result = json.loads(files["json"].read_text())
+    result = json.loads((tmp_path / "scores.json").read_text())
     rows = {(row["generated"], row["class"]): row for row in result["rows"]}
-    counts = [(row["generated"], row["n_real"], row["n_fake"]) for row in result["rows"]]
-    assert counts == [
+    assert [(row["generated"], row["n_real"], row["n_fake"]) for row in result["rows"]] == [
         ("dm", 20, 23), ("odm", 20, 12), ("flat", 20, 7),  # of all classes, then of each
-        ("dm", 9, 10), ("odm", 9, 3), ("dm", 6, 7), ("odm", 6, 4), ("dm", 5, 6), ("odm", 5, 5),
-    ]  # fmt: skip
-    assert "odm: passed over, no class of the real images (Mayo 0, Mayo 1, Mayo 2): ., 1.5" in err
+        ("dm", 9, 5), ("odm", 9, 3), ("dm", 6, 7), ("odm", 6, 4), ("dm", 5, 11), ("odm", 5, 5)]
+    names = set("class generated n_real n_fake fid_biased fid kid kid_se precision recall".split())
+    assert all(set(row) == names for row in result["rows"]) and result["settings"]["size"] == 16
+    assert "odm: 5 images passed over, no class of REAL (Mayo 0, Mayo 1, Mayo 2): ., 1.5\n" in err
+    assert "odm: files not read: 1, as notes.txt\n" in err and "\ndm: " not in err
     assert all(row["fid_biased"] for row in rows.values()) and out.count("*") == 9 and "biased upward" in out
     assert rows["odm", "Mayo 0"]["fid"] is None and out.count("too few images") == 1
-    assert rows["odm", "all"]["copies"] == pytest.approx(1 / 12)
-    fitted = [row["fitted_on"] for row in result["classifier"]]
-    assert fitted == ["seen", "dm", "seen + dm", "odm", "seen + odm"]
-
-    def look(folder):  # the numbers are those of the functions, on what the folders hold
-        images = [odm.read_square(path, 16) for path in sorted((folders / folder).iterdir())]
-        return fid.features(images, fid.load_weights(64, str(weights_64)))
-
-    x, y, row = look("real/Mayo 1"), look("dm/deeper/Mayo 1"), rows["dm", "Mayo 1"]
+    network, row = fid.load_weights(64, str(weights_64)), rows["dm", "Mayo 1"]
+    files = (sorted(Path(name, "Mayo 1").iterdir()) for name in ("real", "dm"))
+    x, y = (fid.features(odm.read_squares(paths, size=16), network) for paths in files)
     assert row["fid"] == pytest.approx(fid.frechet_distance(x, y), rel=1e-4)
     assert (row["precision"], row["recall"]) == fid.precision_recall(x, y)
     assert (row["kid"], row["kid_se"]) == pytest.approx(fid.kernel_distance(x, y), rel=1e-3, abs=1e-6)
-
-    bars = np.asarray(Image.open(files["plot"])).astype(int)[10 + 36 :: 60]  # through the middle of each bar
-    lengths = [(np.abs(line - (255, 255, 255)).sum(1) > 0).sum() for line in bars]
-    values = [row["fid"] for row in result["rows"] if row["fid"] is not None]
-    assert np.array(lengths) / max(lengths) == pytest.approx(np.array(values) / max(values), abs=0.003)
-    sheet = np.asarray(Image.open(files["neighbours"]))
-    assert np.array_equal(sheet[28:156, 4:132], sheet[28:156, 136:264])  # the copy, its original
-
-    assert fid.main(["real", "flat", *network]) == 0
-    assert not re.search("classifier|copies:|Mayo 0", capsys.readouterr().out)
+    shown = [7, 6, row["fid"], 1e3 * row["kid"], 1e3 * row["kid_se"], row["precision"], row["recall"]]
+    (line,) = [line for line in out.splitlines() if line.endswith("  Mayo 1, dm")]
+    assert [float(word) for word in re.findall(r"-?[\d.]+", line)[:7]] == pytest.approx(shown, abs=0.006)
 
 
-def test_bad_input_of_fid_is_one_line_and_status_2(folders, weights_64, capsys, monkeypatch):
+def test_plain_folders_csvs_oblong_images_odd_names(folders, weights_64, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(folders)
-    monkeypatch.setattr(fid, "features", lambda images, *_: torch.rand(len(list(images)), 64))  # quick
-    for message, words in {
-        "empty: no images in it": "real empty",
-        "between: no class of the real images (Mayo 0, Mayo 1, Mayo 2): 0.5, 1.5": "real between",
-        "give the real ones' --size": "real wide",
-        "Mayo0_2.png: not readable": "real broken --size 16",
-        "which --dims 2048 needs": "real dm --dims 2048",
-        "none/s.json: must be a file": "real dm --json none/s.json",
-        "--neighbours shows images of --trained-on": "real dm --neighbours n.png",
-        "--trained-on between: classes": "real dm --trained-on between",
-        "--trained-on: REAL must be": "real dm --trained-on real",
-        "GENERATED": "real",
-    }.items():
-        line = error_of(capsys, fid.main, "--dims", 64, "--weights", weights_64, *words.split())
+    labels = write_images(tmp_path, {"eyes": 8, "by/0": 4, "by/1": 4, "生成": 4}) / "eyes" / "labels.csv"
+    labels.write_text("image,level\n" + "".join(f"eyes_{i},{i % 2}\n" for i in range(8)))
+    network, file = ["--dims", "64", "--weights", str(weights_64)], tmp_path / "scores.json"
+
+    def rows_of(*words):
+        assert fid.main([*map(str, words), *network, "--json", str(file)]) == 0
+        rows = json.loads(file.read_text())["rows"]
+        return [tuple(row[name] for name in ("class", "n_real", "n_fake", "fid")) for row in rows]
+
+    same, other = rows_of("flat", "flat", "flat2")  # as users of pytorch-fid have them
+    assert same == ("all", 7, 7, pytest.approx(0, abs=1e-6))
+    assert other[:3] == ("all", 7, 5) and other[3] > 0.01
+    assert "flat: 7 images without class folders, so row 'all' only" in capsys.readouterr().err
+    assert [row[:3] for row in rows_of(labels, tmp_path / "by")] == [("all", 8, 8), ("0", 4, 4), ("1", 4, 4)]
+    (row,) = rows_of("wide/Mayo 0", "wide/Mayo 0", "--size", "8")  # both cut to the same squares
+    assert row == ("all", 5, 5, pytest.approx(0, abs=1e-6))
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    out, err = command(HERE / "fid.py", "flat", tmp_path / "生成", *network).communicate()
+    assert r"\u751f\u6210" in out, err
+
+
+def test_bad_input_of_fid_is_one_line_and_status_2(folders, capsys, monkeypatch):
+    """No weights are there either: what is wrong with files is found out before the network is loaded."""
+    monkeypatch.chdir(folders)
+    for words, *messages in (
+        ("real absent", "absent: no images in it, or no such folder"),
+        ("real between", "between: no class of REAL (Mayo 0, Mayo 1, Mayo 2): 0.5, 1.5"),
+        ("flat dm", "dm: no class of REAL (which has none): Mayo 0, Mayo 1, Mayo 2"),
+        ("real two", "two: holds deeper folders or sets of samples, dm/Mayo 0, odm/Mayo 0: name one"),
+        ("real ours", "ours: holds deeper folders or sets of samples, dm: name one"),
+        ("real sizes", "sizes: images of several sizes, 16x16 (3), 64x64 (2)"),
+        ("real wide", "sides of [16, 24] pixels: give the real ones' --size"),
+        ("real broken", "Mayo0_2.png: not readable"),
+        ("real dm --dims 2048", "no network in none.pth", "name it with --weights"),
+        ("real dm --json none/s.json", "none/s.json: must be a file in a folder that exists"),
+        ("real dm --json flat", "flat: must be a file"),
+        ("real", "GENERATED"),
+    ):
+        line = error_of(capsys, fid.main, "--dims", 64, "--weights", "none.pth", *words.split())
+        assert all(message in line for message in messages), line
+
+
+# ------------------------------------------------------------------- data/beyond/usefulness.py
+
+
+def test_quadratic_kappa_by_hand():
+    # observed cost 8 / 6; by chance: rows 2, 2, 2 and columns 2, 2, 2 -> cost (4 * 1 + 2 * 4) * 4 / 36
+    table = torch.tensor([[1, 0, 1], [0, 2, 0], [1, 0, 1]])
+    assert usefulness.quadratic_kappa(table) == pytest.approx(1 - (8 / 6) / (48 / 36))
+    assert math.isnan(usefulness.quadratic_kappa(torch.tensor([[3, 0], [0, 0]])))
+
+
+def test_ridge_penalty_has_the_least_leave_one_out_error():
+    labels, eye = torch.arange(24) % 3, torch.eye(6, dtype=torch.float64)
+    x, target = normal(24, 6, 1), (labels[:, None] > torch.arange(2)).double()
+    x[:, 0] += labels
+    total = ((x - x.mean(0)).square().sum() / 24).item()
+
+    def guess(rows, penalty, asked):  # equal classes: equal weights
+        a, b = x[rows] - x[rows].mean(0), target[rows] - target[rows].mean(0)
+        slope = torch.linalg.solve(a.T @ a / 24 + penalty * eye, a.T @ b / 24)
+        return target[rows].mean(0) + (asked - x[rows].mean(0)) @ slope
+
+    def left_out_error(penalty):  # every fit made anew without the image that is left out
+        guesses = [guess(torch.arange(24) != i, penalty, x[i]) for i in range(24)]
+        return (target - torch.stack(guesses)).square().sum().item()
+
+    best, asked = min(total * np.logspace(-5, 0, 11), key=left_out_error), 2 * normal(5000, 6, 2)
+    expected = (guess(torch.arange(24), best, asked) > 0.5).sum(1)
+    assert torch.equal(usefulness.ridge_classifier(x, labels, 3)(asked), expected)
+
+
+def test_generated_images_help_a_classifier_or_not():
+    direction = torch.nn.functional.normalize(normal(1, 40, 0), dim=1)
+
+    def draw(counts, seed):
+        labels = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+        return normal(len(labels), 40, seed) + 3 * labels[:, None] * direction, labels
+
+    (real, labels), (x, y) = draw([200, 100, 60, 40], 1), draw([12, 6, 4, 2], 2)
+    z, asked = draw([80] * 4, 3)
+    both, wrong = torch.cat([x, z]), asked[torch.randperm(320, generator=torch.Generator().manual_seed(0))]
+    fits = (x, y), (both, torch.cat([y, asked])), (both, torch.cat([y, wrong]))
+    alone, helped, spoiled = (usefulness.classifier_score(*fit, real, labels, 4) for fit in fits)
+    assert helped["kappa"] > alone["kappa"] + 0.1 > spoiled["kappa"] + 0.2
+    shown = usefulness.ridge_classifier(x, y, 4)(real)
+    assert alone["mean_error"] == pytest.approx((shown - labels).abs().double().mean().item())
+    assert alone["top_recall"] == pytest.approx((shown[labels == 3] == 3).double().mean().item())
+
+
+def test_copies_are_counted():
+    known, real, fresh = (normal(n, 32, seed, torch.float32) for n, seed in ((400, 1), (200, 2), (200, 3)))
+    fresh[:20] = known[100:120] + 1e-3 * normal(20, 32, 4, torch.float32)
+    ratio, places = usefulness.likeness(fresh, known, real)
+    assert (ratio <= 0.5).sum() == 20  # a tenth
+    to_known, to_real = (torch.cdist(fresh.double(), x.double()) for x in (known, real))
+    assert torch.equal(places, to_known.topk(3, largest=False).indices)
+    assert torch.allclose(ratio.double(), to_known.amin(1) / to_real.amin(1), rtol=1e-4)
+    one_kind = normal(1, 32, 6, torch.float32) + 0.2 * normal(300, 32, 5, torch.float32)
+    assert (usefulness.likeness(one_kind, known, real)[0] <= 0.5).sum() == 0  # low diversity, but no copies
+    assert usefulness.likeness(known[:4], known, known)[0].tolist() == [1] * 4  # an image of both is no copy
+
+
+def test_the_report_of_usefulness(folders, weights_64, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    network = ["--dims", "64", "--weights", str(weights_64)]
+    words = f"real dm odm flat --trained-on seen --json {tmp_path}/use.json --neighbours {tmp_path}/n.png"
+    assert usefulness.main([*words.split(), *network]) == 0
+    result, out = json.loads((tmp_path / "use.json").read_text()), capsys.readouterr().out
+    copies = {row["generated"]: row["copies"] for row in result["rows"]}
+    assert list(copies) == ["dm", "odm", "flat"] and copies["odm"] == pytest.approx(1 / 12)
+    assert "    12   0.083  odm\n" in out
+    assert [row["fitted_on"] for row in result["classifier"]] == "seen,dm,seen + dm,odm,seen + odm".split(",")
+    inception = fid.load_weights(64, str(weights_64))
+    parts = (odm.load_images(name, 16) for name in ("seen", "dm", "real"))
+    seen, dm, real = ((fid.features(images, inception), labels) for images, labels, _ in parts)
+    both = map(torch.cat, zip(seen, dm))
+    for row, fit in zip(result["classifier"], (seen, dm, both)):
+        assert row.items() > usefulness.classifier_score(*fit, *real, 3).items()
+    likeliest = result["neighbours"][0]
+    assert likeliest["ratio"] == 0 and likeliest["nearest"].endswith("seen/Mayo 2/Mayo2_1.png")
+    sheet = np.asarray(Image.open(tmp_path / "n.png"))
+    assert np.array_equal(sheet[28:156, 4:132], sheet[28:156, 136:264])  # the copy, its original
+    assert usefulness.main(["flat", "flat2", "--trained-on", "odm/1.5", *network]) == 0  # copies alone
+    assert "kappa" not in capsys.readouterr().out
+    for words, message in (("between", "--trained-on between: classes ['0.5', '1.5'], but REAL has ['Mayo"),
+                           ("./seen/../real", "REAL must be other images"),
+                           ("seen --neighbours none/n.png", "none/n.png: must be a file")):
+        line = error_of(capsys, usefulness.main, "real", "dm", *network, "--trained-on", *words.split())
         assert message in line, line
 
 

@@ -1,9 +1,9 @@
 """Speed and memory: training and sampling, alone or beside diffusers; fid.py beside pytorch-fid and prdc.
 
-    python data/bench.py                                      # the paper's settings; takes flags of `train`
-    python data/bench.py --preset small --rounds 20
-    python data/bench.py --batch 4 --guidance 2 --diffusers   # needs diffusers
-    python data/bench.py --fid                                # needs pytorch-fid and prdc
+    python data/evidence/bench.py                                      # the paper's settings; flags as of `train`
+    python data/evidence/bench.py --preset small --rounds 20
+    python data/evidence/bench.py --batch 4 --guidance 2 --diffusers   # needs diffusers
+    python data/evidence/bench.py --fid                                # needs pytorch-fid and prdc
 
 All are run in turn, round by round, and medians are shown: machines are noisy, ratios less so.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import fid
 import odm
 
@@ -77,20 +77,19 @@ def of_diffusers(config: odm.Config, device: torch.device) -> tuple:
 def bench_odm(config: odm.Config, rounds: int, beside_diffusers: bool) -> None:
     device = odm.start(config.device)
     images = torch.randint(0, 256, (256, 3, config.size, config.size), dtype=torch.uint8, device=device)
-    labels, alpha_bar = torch.arange(256) % 4, odm.alpha_bars(config)
+    labels, alpha_bar = torch.arange(256) % 4, odm.alpha_bars(config).to(device)
     model = odm.build(config, 4, device)
     ema, optimizer = copy.deepcopy(model).eval(), torch.optim.Adam(model.parameters(), fused=True)
-    net = odm.compiled(model, config, device)
+    net = odm.compiled(model)
     actions = {}
     for name in ("DM", "labels", "images"):
         variant = replace(config, ordinal=0.0) if name == "DM" else replace(config, triplets=name)
-        batch = odm.draw_batch(labels, [0.0, 1.0, 2.0, 3.0], variant, config.batch, torch.Generator())
-        batch = batch.to(device)
+        batch = odm.draw_batch(labels, 4, variant, config.batch, torch.Generator()).to(device)
         arguments = net, ema, optimizer, images, batch, alpha_bar, variant, 0
         actions[f"train {name}"] = lambda arguments=arguments: odm.training_step(*arguments)
-    few = replace(config, sample_steps=4)
+    few = ema.config = replace(ema.config, sample_steps=4)
     keys = [(0, i) for i in range(config.batch)]
-    actions["sample"] = lambda: odm.draw_images(ema, [0.0] * config.batch, keys, few, device)
+    actions["sample"] = lambda: odm.draw_images(ema, [0.0] * config.batch, keys)
     if beside_diffusers:
         actions["train diffusers"], actions["sample diffusers"] = of_diffusers(few, device)
     median = alternate(actions, rounds)

@@ -1,0 +1,240 @@
+#!/usr/bin/env bash
+# The commands behind RESULTS.md and the pictures, in parts, each of which goes on where it was stopped:
+#     bash data/evidence/experiments.sh synthetic rivals rare knees settings large pictures
+#     bash data/evidence/experiments.sh embedding preset memorise
+# STEPS=4 EACH=4 N=40 SEEDS=0 tries a part quickly; do that in a clone of its own. data/README.md says where
+# the real images come from. OMP_NUM_THREADS=1 keeps a part to one core.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+weights=${WEIGHTS:+--weights $WEIGHTS} # of fid.py, where they cannot be downloaded
+steps=${STEPS:-1600} each=${EACH:-24} n=${N:-1656} seeds=${SEEDS:-0 1 2}
+quarter="--triplet-part 0.25" # of each batch, as in the published rows
+printed="--triplets images --distance squared --ordinal 3072" # Eq. 8 as printed
+
+train() { # NAME FLAGS...: trains runs/NAME, by another program than odm.py where `program` names one
+    python "${program:-odm.py}" train --preset small --steps "$steps" --out "runs/$1" "${@:2}"
+}
+
+patched() { # NAME [NUMBER]: NAME/odm.py, as NAME.patch changes it, with NUMBER in place of the patch's 0.02
+    mkdir -p "$1"
+    sed "/^+/s/0\.02/${2:-0.02}/" "data/evidence/$1.patch" | patch -o "$1/odm.py" odm.py
+}
+
+pick() { # FOLDER NUMBER OUT SIZE [each]: so many of its images, or of each class, evenly from the list
+    python - "$@" <<'END'
+import sys
+from pathlib import Path
+import numpy, odm
+folder, number, out, size, *each = sys.argv[1:]
+images, labels, names = odm.load_images(folder, int(size))
+for c in range(len(names) if each else 1):
+    places = numpy.flatnonzero(labels == c) if each else numpy.arange(len(labels))
+    for i in places[numpy.linspace(0, len(places) - 1, int(number)).round().astype(int)]:
+        odm.save_picture(odm.to_picture(images[i]), Path(out, names[labels[i]], f"{i:05d}.png"))
+END
+}
+
+synthetic() { # severities sampled, read and moved, where they are known
+    for seed in $seeds; do
+        train "demo-dm-$seed" --seed "$seed" --ordinal 0
+        train "demo-odm-$seed" --seed "$seed" $quarter
+        train "demo-w10-$seed" --seed "$seed" $quarter --ordinal 10
+    done
+    for name in dm odm w10; do
+        python data/evidence/severity.py runs/demo-$name-* --each "$each"
+    done
+    python data/evidence/severity.py data/demo.pt --each "$each"
+}
+
+rivals() { # on synthetic frames: Eq. 8 as printed, and the severity fed as one number in place of the loss
+    patched number
+    for seed in $seeds; do
+        train "demo-printed-$seed" --seed "$seed" $quarter $printed
+        program=number/odm.py train "demo-number-$seed" --data data/demo --seed "$seed" --ordinal 0
+    done
+    python data/evidence/severity.py runs/demo-printed-* --each "$each"
+    PYTHONPATH=number python data/evidence/severity.py runs/demo-number-* --each "$each"
+}
+
+rare() { # how many synthetic frames of Mayo 3 are enough, and Mayo 2 left out
+    PYTHONPATH=data python - <<'END'
+from pathlib import Path
+from PIL import Image
+import demo, odm
+counts = {"rare-20": (596, 298, 122, 20), "rare-300": (596, 298, 122, 300), "without-2": (596, 298, 0, 84)}
+for name in counts:
+    for c, count in enumerate(counts[name]):
+        for i in range(count):
+            frame = Image.fromarray(demo.draw(*demo.scene(0, c, i)))
+            odm.save_picture(frame, Path("data", name, f"Mayo {c}", f"{i:04d}.png"))
+END
+    for name in rare-20 without-2 rare-300; do
+        for seed in $seeds; do
+            train "$name-dm-$seed" --data "data/$name" --seed "$seed" --ordinal 0
+            train "$name-odm-$seed" --data "data/$name" --seed "$seed" $quarter
+        done
+        python data/evidence/severity.py runs/$name-* --each "$each"
+    done
+}
+
+knees() { # the paper's Table 1, on radiographs
+    pick data/knee "$n" samples/knee-real 32
+    for seed in $seeds; do
+        knee "knee-dm-$seed" $((4 * steps)) --seed "$seed" --ordinal 0
+        knee "knee-odm-$seed" $((4 * steps)) --seed "$seed" $quarter
+        knee "knee-w10-$seed" $((4 * steps)) --seed "$seed" $quarter --ordinal 10
+        python odm.py sample --checkpoint runs/knee-dm-$seed -n $n --guidance 2 --out samples/s2-dm-$seed
+        python odm.py sample --checkpoint runs/knee-odm-$seed -n $n --guidance 2 --out samples/s2-odm-$seed
+    done
+    knee knee-dm-long $((6 * steps)) --ordinal 0
+    python odm.py sample --checkpoint runs/knee-dm-0 --each $((n / 5)) --out samples/each-dm # as many of each
+    python odm.py sample --checkpoint runs/knee-odm-0 --each $((n / 5)) --out samples/each-odm
+    local all=(data/knee-test samples/knee-{dm,odm,w10}-* samples/{s2,each}-*)
+    python fid.py "${all[@]}" samples/knee-real $weights --json samples/knees.json
+    python data/beyond/usefulness.py "${all[@]}" $weights --trained-on data/knee
+}
+
+settings() { # one seed of DM, ODM and other settings on radiographs, for fewer steps
+    patched spacing
+    knee short-dm "$steps" --ordinal 0
+    knee short-odm "$steps" $quarter
+    knee short-printed "$steps" $quarter $printed
+    knee short-images "$steps" $quarter --triplets images
+    program=spacing/odm.py knee short-spacing "$steps" $quarter
+    knee short-dm-uniform "$steps" --balance uniform --ordinal 0
+    knee short-odm-uniform "$steps" $quarter --balance uniform
+    knee tiny-dm $((steps / 4)) --ordinal 0
+    knee tiny-odm $((steps / 4)) $quarter
+    python fid.py data/knee-test samples/short-* samples/tiny-* $weights
+}
+
+knee() { # NAME STEPS FLAGS...: trains runs/NAME on radiographs, samples and reads
+    train "$1" --data data/knee --steps "$2" "${@:3}"
+    python odm.py sample --checkpoint "runs/$1" -n "$n" --out "samples/$1"
+    pick data/knee-test 400 data/knee-400 32
+    python data/beyond/line.py read data/knee-400 --checkpoint "runs/$1" > "runs/$1/grades.csv"
+}
+
+frames() { # data/hyperkvasir-uc without the display's overlay: data/colon, and every tenth, data/colon-test
+    python - <<'END'
+from pathlib import Path
+import odm
+for folder in sorted(Path("data/hyperkvasir-uc").iterdir()):
+    for i, file in enumerate(sorted(folder.iterdir())):
+        frame = odm.read_image(file).resize((256, 256)).crop((72, 8, 224, 160))
+        out = Path("data/colon-test" if i % 10 == 5 else "data/colon", folder.name, f"{file.stem}.png")
+        odm.save_picture(frame, out)
+END
+}
+
+ship() { # RUN FILE: its averaged weights in half precision
+    python - "$@" <<'END'
+import sys, torch
+state = torch.load(f"{sys.argv[1]}/checkpoint.pt", weights_only=True)
+state["config"] |= dict(data="", out="", init="", held_out="")
+state["ema"] = {name: weight.half() for name, weight in state["ema"].items()}
+torch.save({name: state[name] for name in ("config", "names", "counts", "step", "ema")}, sys.argv[2])
+END
+}
+
+large() { # 64x64, the paper's size: radiographs, and its own subject, colonoscopies
+    local flags="--size 64 --ch-mult 1,2,2,2 --attention 16 --lr 1e-3"
+    train knee-64 --data data/knee $flags --steps $((9 * steps / 4))
+    ship runs/knee-64 data/knee.pt
+    frames
+    train colon-64 --data data/colon $flags --steps $((5 * steps / 2))
+    train colon-on --data data/colon $flags --steps $((15 * steps / 8)) --init runs/colon-64
+    pick data/knee-test 200 data/knee-200 64
+    python data/beyond/line.py read data/knee-200 --checkpoint runs/knee-64 > runs/knee-64/grades.csv
+    pick data/knee-test 8 data/knee-8 64
+    python data/beyond/line.py move data/knee-8 --checkpoint data/knee.pt --out samples/knee-64-moved
+    python odm.py sample --checkpoint data/knee.pt -n 100 --out samples/knee-64
+    python data/beyond/usefulness.py data/knee-test samples/knee-64 $weights --trained-on data/knee --dims 192
+    python data/beyond/line.py read data/colon-test --checkpoint runs/colon-on > runs/colon-on/grades.csv
+}
+
+pictures() { # those of README and of this folder
+    python odm.py sample --checkpoint data/demo.pt --class 0:3:0.25 --each 5 --out samples/series
+    cp samples/series/series.gif data/series.gif
+    python data/evidence/severity.py data/demo.pt --picture data/moved.png
+    python odm.py sample --checkpoint data/knee.pt --class 0:4:1 --each 3 --out samples/knee-sheet
+    cp samples/knee-sheet/sheet.png data/knee.png
+    python - <<'END'
+import json
+from pathlib import Path
+from PIL import Image, ImageDraw
+import odm
+rows = [odm.sample(f"runs/{name}", "0:4:1", each=1, out=f"samples/row-{name}")
+        for name in ("tiny-odm", "short-odm", "knee-odm-1")]  # after 400, 1,600 and 6,400 steps
+columns = [(c, [odm.read_square(row / c / "00000.png", 32) for row in rows]) for c in "01234"]
+odm.save_picture(odm.sheet_of(columns), Path("data/evidence/steps.png"))
+bars = json.loads(Path("samples/knees.json").read_text())["rows"]  # FID of each grade: the paper's Fig. 4
+colours = {"samples/knee-dm-0": "steelblue", "samples/knee-odm-0": "firebrick"}
+bars = [bar for bar in bars if bar["generated"] in colours and bar["fid"] is not None]
+longest = max(bar["fid"] for bar in bars)
+picture = Image.new("RGB", (800, 60 * len(bars) + 20), "white")
+pen = ImageDraw.Draw(picture)
+for y, bar in zip(range(10, picture.height, 60), bars):
+    text = f"{bar['class']}, {bar['generated']}: FID {bar['fid']:.4g}"
+    pen.text((20, y), text, "black", font_size=18)
+    pen.rectangle((20, y + 24, 20 + 700 * bar["fid"] / longest, y + 48), colours[bar["generated"]])
+odm.save_picture(picture, Path("data/evidence/bars.png"))
+END
+}
+
+leaves() { # whole leaves squeezed to 64x64: data/leaf, and every sixth of each severity, data/leaf-test
+    python - <<'END'
+import csv
+from pathlib import Path
+import odm
+source = Path("data/lara2018/classification/dataset")
+rows = list(csv.DictReader((source / "dataset.csv").read_text().splitlines()))
+for severity in "01234":
+    for i, leaf in enumerate(sorted(int(row["id"]) for row in rows if row["severity"] == severity)):
+        out = Path("data/leaf-test" if i % 6 == 5 else "data/leaf", severity, f"{leaf}.png")
+        odm.save_picture(odm.read_image(source / "leaf" / f"{leaf}.jpg").resize((64, 64)), out)
+END
+    python data/demo.py # synthetic frames to train on, and others to measure with
+    python data/demo.py -n 300 --seed 1 --out data/demo-test
+}
+
+embedding() { # other first standard deviations of the class embedding than odm.py's 1
+    leaves
+    for std in 1 0.3 0.1 0.02; do
+        patched embedding "$std"
+        for seed in $seeds; do
+            for set in demo leaf; do
+                program=embedding/odm.py train "emb-$set-$std-$seed" --data data/$set --seed $seed --ordinal 0
+            done
+        done
+        python data/evidence/severity.py runs/emb-demo-$std-* --each "$each"
+        python data/evidence/severity.py --leaves runs/emb-leaf-$std-* --each "$each"
+    done
+    for seed in $seeds; do
+        python data/evidence/heldout.py runs/emb-demo-{1,0.3,0.1,0.02}-"$seed" data/demo-test
+        python data/evidence/heldout.py runs/emb-leaf-{1,0.3,0.1,0.02}-"$seed" data/leaf-test
+    done
+}
+
+preset() { # other learning rates, batch and decay of the small preset
+    leaves
+    for setting in lr=1e-3 lr=2e-3 lr=4e-3 "batch=16 --steps=$((steps / 2))" decay=0 decay=1; do
+        for seed in ${SEEDS:-0 1}; do
+            for set in demo leaf; do
+                train "preset-$set-${setting%% *}-$seed" --data "data/$set" --held-out "data/$set-test" \
+                    --seed "$seed" --log-every 50 --$setting
+            done
+        done
+    done
+}
+
+memorise() { # 12 leaves of each severity for long: dm goes on falling, held_out turns
+    leaves
+    pick data/leaf 12 data/leaf-60 64 each
+    train leaf-60 --data data/leaf-60 --held-out data/leaf-test --size 16 --steps $((15 * steps / 4))
+    python data/evidence/heldout.py runs/leaf-60 data/leaf-test --trained-on data/leaf-60
+}
+
+for part in "${@:?name parts, as in the first lines}"; do
+    "$part"
+done
