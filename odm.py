@@ -767,6 +767,8 @@ def must_be_others(unseen: Tensor, seen: Tensor, name: str | Path) -> None:
 
 def training_data(config: Config) -> tuple[Tensor, Tensor, list[str], tuple]:
     """(images uint8 (N, 3, size, size), labels (N,), class names, (images, labels) of --held-out, or ())."""
+    if config.batch % WORLD:
+        raise UserError(f"--batch {config.batch}: must be a multiple of the {WORLD} processes")
     reading = dict(size=config.size, crop=config.crop, order=config.order, columns=config.columns)
     data = config.data or HERE / "data" / "demo"
     if not config.data and RANK == 0:
@@ -1293,7 +1295,6 @@ def check_config(config: Config) -> None:
         (config.ch % math.lcm(4, config.groups), "--ch: must be a multiple of 4 and of --groups"),
         (alpha_bars(config)[-1] < 1e-30, f"--beta-T {config.beta_T}: leaves nothing of the image; lower it"),
         (config.sample_steps > config.timesteps, "--sample-steps: must be at most --timesteps"),
-        (config.batch % WORLD, f"--batch {config.batch}: must be a multiple of the {WORLD} processes"),
     ):
         if wrong:
             raise UserError(message)

@@ -9,6 +9,7 @@
 
 import csv
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
 import zlib
@@ -37,8 +39,10 @@ for folder in ("", "data", "data/beyond", "data/evidence"):
 import demo
 import fid
 import heldout
+import line
 import odm
 import retina
+import severity
 import usefulness
 
 DEMO = HERE / "data" / "demo.pt"
@@ -337,7 +341,158 @@ def test_guidance_and_a_position_between_two_classes():
         assert rows[-1] == evaluated
 
 
-# ---------------------------------------------------------------------------- read and move: LINE
+# -------------------------------------------------------------------------- data/beyond/line.py
+
+
+def test_read_position_is_the_best_of_a_grid():
+    """Of all mixes of neighbours, of which 301 are tried here, for a model whose estimates are no line."""
+    direction, x_0 = noise(4, 3, 6, 6, seed=3), noise(5, 3, 6, 6, seed=4)
+    model = lambda x, t, c: 0.6 * x + 0.3 * direction[c] * x.square()
+    model.num_classes = 4
+    grid, loss, rng = torch.linspace(0, 3, 301), torch.zeros(5, 301), torch.Generator().manual_seed(0)
+    for share in (0.1, 0.6):
+        t, eps, errors = torch.full((5,), round(1000 * share)), torch.randn(1, 3, 6, 6, generator=rng), 0
+        for sign in (1, -1):
+            x_t = odm.q_sample(x_0, t, sign * eps, ALPHA_BAR)
+            estimates = [odm.guided_eps(model, position.expand(5), 1.0)(x_t, t) for position in grid]
+            errors = errors + torch.stack([odm.dm_loss(sign * eps, estimate) for estimate in estimates], 1)
+        loss += errors / errors[:, ::100].mean(1, keepdim=True).sqrt()  # as each t weighs
+    found = line.read_position(model, x_0, ALPHA_BAR, parts=(0.1, 0.6))
+    assert max_error(found, grid[loss.argmin(1)]) < 0.006 and found.unique().numel() > 3
+
+
+def test_read_position_of_gaussians_on_a_line_is_the_projection():
+    """Class c: N(m + c v, s^2). What x_0 has beside the line, and eps, used with its mirror, do not count."""
+    m, v = noise(1, 3, 4, 4, seed=1), noise(1, 3, 4, 4, seed=2)
+    x_0 = m + torch.tensor([-1.0, 0.4, 1.7, 3.0, 5.0]).view(-1, 1, 1, 1) * v + noise(5, 3, 4, 4, seed=3)
+    projection = ((x_0 - m) * v).flatten(1).sum(1) / v.square().sum()
+    model = Gaussians(m + torch.arange(4).view(-1, 1, 1, 1) * v, 0.5)
+    assert max_error(line.read_position(model, x_0, ALPHA_BAR), projection.clamp(0, 3)) < 1e-4
+    model.means = m.expand(4, -1, -1, -1)  # classes that coincide
+    assert line.read_position(model, x_0, ALPHA_BAR).tolist() == [0] * 5
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Synthetic frames that demo.pt has not seen, one of each grade in four folders, and their severities."""
+    root, severities = tmp_path_factory.mktemp("fresh"), []
+    for i, grade in itertools.product(range(4), range(4)):
+        file = root / f"patient {i}" / f"Mayo {grade}" / "a.png"
+        file.parent.mkdir(parents=True)
+        severity, rng = demo.scene(99, grade, i)
+        Image.fromarray(demo.draw(severity, rng)).save(file)
+        severities.append(severity)
+    return root, severities
+
+
+def rows_of(capsys, *argv):
+    """The rows that `line.py read` writes to standard output, and what it says on standard error."""
+    capsys.readouterr()
+    assert line.main(["read", *map(str, argv)]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("file,severity,grade,given")
+    return list(csv.DictReader(said.out.splitlines())), said.err
+
+
+def test_read_finds_the_severity_of_fresh_frames(fresh, tmp_path, capsys):
+    root, truth = fresh
+    rows, said = rows_of(capsys, root, "--checkpoint", DEMO)
+    read = np.array([float(row["severity"]) for row in rows])
+    assert np.corrcoef(read, truth)[0, 1] > 0.95 and np.abs(read - truth).mean() < 0.2
+    assert [row["given"] for row in rows] == [f"Mayo {g}" for g in range(4)] * 4
+    assert all(abs(int(row["grade"][5:]) - s) <= 0.501 for row, s in zip(rows, read))  # the nearest
+    given, nearest = np.arange(16) % 4, np.array([int(row["grade"][5:]) for row in rows])
+    by_chance = np.mean([(a - b) ** 2 for a in given for b in nearest])
+    kappa, error = 1 - np.mean((given - nearest) ** 2) / by_chance, np.abs(read - given).mean()
+    assert f"16 images, quadratic kappa {kappa:.3f}" in said
+    assert abs(float(re.search(r"mean error ([.\d]+)", said)[1]) - error) < 0.0011
+    for g in range(4):
+        counts = ", ".join(f"{(nearest[given == g] == other).sum()} as Mayo {other}" for other in range(4))
+        assert f"given Mayo {g}: read {counts}; mean severity read {read[given == g].mean():.2f}" in said
+    one, loose = root / "patient 2" / "Mayo 3" / "a.png", tmp_path / "x.png"
+    loose.write_bytes(one.read_bytes())
+    rows, said = rows_of(capsys, one, loose, "--checkpoint", DEMO)  # read as in other company
+    assert all(abs(float(row["severity"]) - read[11]) < 0.002 for row in rows)
+    assert [row["given"] for row in rows] == ["", ""] and "2 of 2 images have no given grade" in said
+
+
+def test_given_grades_come_from_what_was_named_and_below_it(run, tmp_path, capsys):
+    names = ["unknown/a.png", "unknown/Mayo 0/b.png", "unknown/Mayo 0/Mayo 1/scan/c.png"]
+    for seed, name in enumerate(names):
+        write_image(tmp_path / "Mayo 2" / name, seed)
+    (tmp_path / "Mayo 2" / "notes.txt").write_text("none")
+    below = {"a.png": "", "b.png": "Mayo 0", "c.png": "Mayo 1"}
+    for named, expected in {"Mayo 2": {**below, "a.png": "Mayo 2"}, "Mayo 2/unknown": below,
+                            "Mayo 2/unknown/a.png": {"a.png": ""}}.items():
+        rows, said = rows_of(capsys, tmp_path / named, "--checkpoint", run)
+        assert {Path(row["file"]).name: row["given"] for row in rows} == expected, named
+        assert ("3 images in 4 files" in said) == (named == "Mayo 2")
+    table = tmp_path / "Mayo 2" / "grades.csv"  # grades of a CSV that is named; others are not looked at
+    table.write_text("image,level\na,Mayo 1\nb,Mayo 3\nc,Mayo 9\n")
+    rows, said = rows_of(capsys, table, "--checkpoint", run)
+    assert {Path(row["file"]).stem: row["given"] for row in rows} == {"a": "Mayo 1", "b": "Mayo 3", "c": ""}
+    assert "1 of 3 images have no given grade" in said
+
+
+def move(*argv) -> int:
+    return line.main(["move", *map(str, argv)])
+
+
+def test_moved_frames_are_near_their_truth(fresh, tmp_path):
+    """A scene can be drawn at any severity: a moved frame is nearer to that than the given one."""
+    given, out = fresh[0] / "patient 1", tmp_path / "moved"
+    network = odm.load_network(DEMO, "cpu", sample_steps=15)
+    assert line.move(network, [given], severity="0:2:1", out=out) == out
+    rms = lambda file, truth: np.square(odm.read_square(file, 32).numpy() - truth).mean() ** 0.5
+    for target in range(3):
+        moved, unmoved = [], []
+        for grade in {0, 1, 2, 3} - {target}:
+            truth = 1.0 * demo.draw(target, demo.scene(99, grade, 1)[1], 32).transpose(2, 0, 1)
+            moved.append(rms(out / f"Mayo {target}" / f"Mayo {grade}-a.png", truth))
+            unmoved.append(rms(given / f"Mayo {grade}" / "a.png", truth))
+        assert np.mean(moved) < 0.85 * np.mean(unmoved), target
+    with Image.open(out / "series.gif") as series:
+        assert series.n_frames == 4  # 0, 1, 2, 1
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.size == (4 + 4 * 132, 28 + 4 * 132)  # the given ones, then 0, 1, 2
+    assert len(odm.list_files(out / "Mayo 0")) == 4
+
+
+def test_an_image_sampled_at_its_own_severity_comes_back(fresh, tmp_path, capsys):
+    file, out = fresh[0] / "patient 1" / "Mayo 2" / "a.png", tmp_path / "moved"
+    argv = [file, "--class", "2", "--at", "2", "--checkpoint", DEMO, "--out", out]
+    assert move(*argv) == 0
+    error = odm.read_square(out / "Mayo 2" / "a.png", 32).float() - odm.read_square(file, 32)
+    assert error.square().mean().sqrt() < 8  # grey levels
+    assert json.loads((out / "sample.json").read_text())["guidance"] == 1
+    odm.save_picture(Image.new("RGB", (32, 32)), out / "Mayo 2" / "a.png")
+    assert move(*argv) == 0
+    assert odm.read_square(out / "Mayo 2" / "a.png", 32).max() == 0  # what is there is kept
+    other = fresh[0] / "patient 2" / "Mayo 2" / "a.png"
+    assert "other settings" in error_of(capsys, line.main, "move", other, *argv[1:])
+
+
+def test_line_refuses_what_it_does_not_understand(run, graded, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("twins/a.png", "twins/a.bmp"):
+        write_image(tmp_path / name, 0)
+    net = ["--checkpoint", run]
+    for expected, argv in {
+        "--at 9": ["move", graded, "--at", "9", *net],
+        "--at 0:2:1: name one severity": ["move", graded, "--at", "0:2:1", *net],
+        "a severity from 0 to 3": ["move", graded, "--class", "4", *net],
+        "two images would get this name": ["move", "twins", *net],
+        "only with move": ["read", graded, "--at", "1", *net],
+        "absent.png": ["read", "absent.png", *net],
+        "empty: no images in it": ["read", graded, "empty", *net],
+        "absent.csv: no such": ["read", "absent.csv", *net],
+        "--batch: must be from 1": ["read", graded, "--batch", "0", *net],
+        "--seed: must be from 0": ["read", graded, "--seed", str(2**63), *net],
+        "none.pt: no whole checkpoint": ["read", graded, "--checkpoint", "none.pt"],
+        "invalid choice: 'grade'": ["grade", graded],
+    }.items():
+        assert expected in error_of(capsys, line.main, *argv), expected
 
 
 # ---------------------------------------------------------------------------------------- U-Net
@@ -1100,7 +1255,6 @@ def test_a_set_is_whole_and_left_alone_or_is_not_there(tmp_path, monkeypatch):
         demo.make(tmp_path / "set", 17, size=16)
 
 
-
 def test_command_line_of_the_drawings(tmp_path, capsys):
     argv = ["--out", str(tmp_path / "set"), "-n", "16", "--size", "16"]
     assert demo.main(argv) == 0 and "Mayo 0 9" in capsys.readouterr().out
@@ -1109,7 +1263,7 @@ def test_command_line_of_the_drawings(tmp_path, capsys):
         assert all(word in error for word in words.split()), error
 
 
-# ----------------------------------------------------- data/retina.py and data/evidence/heldout.py
+# -------------------------------------------------------------- data/retina.py and data/evidence
 
 CLASSES = torch.tensor([3, 0, 5, 1, 2, 4])
 GREYS = (51 * CLASSES).byte().view(-1, 1, 1, 1).expand(-1, 3, 4, 4)  # 0.4 c - 1 in [-1, 1]
@@ -1214,6 +1368,59 @@ def test_heldout_program(run, graded, tmp_path, capsys):
     for argv, hint in (([run, file, unseen], "beta_T"), ([run, graded, "--trained-on", graded], "20 of its"),
                        ([run, unseen, "--order", "Mayo 1,Mayo 0"], "['Mayo 1',")):
         assert hint in error_of(capsys, heldout.main, *argv)
+
+
+def test_leaf_severity_is_the_diseased_share_of_the_leaf():
+    """A green leaf on a grey background, some of it brown or almost black, in light of any colour."""
+    image, brown = np.empty((64, 64, 3)), np.zeros((64, 64), bool)
+    image[:] = 215, 210, 212
+    image[8:56, 8:56] = 70, 130, 50
+    brown[20:32, 8:56] = True
+    image[brown], image[20:32, 8:20] = (120, 80, 50), (30, 22, 20)
+    lights = [(1, 1, 1), (1.1, 1, 0.9), (0.8, 0.85, 0.9)]
+    images = np.stack([image * light for light in lights]).transpose(0, 3, 1, 2)
+    images = np.concatenate([images, images + np.random.default_rng(0).normal(0, 4, images.shape)])
+    images = images.round().clip(0, 255).astype(np.uint8)
+    assert max_error(severity.leaf_severity(images), brown.sum() / 48**2) < 0.015
+    nothing = np.full((1, 3, 64, 64), 210, np.uint8)
+    assert severity.leaf_severity(nothing).tolist() == [0]
+
+
+def patched(name, tmp_path):
+    """odm.py with data/evidence/NAME.patch, as a module."""
+    file = tmp_path / f"{name}.py"
+    patch = ["patch", "-o", file, HERE / "odm.py", HERE / "data" / "evidence" / f"{name}.patch"]
+    subprocess.run(patch, check=True, stdout=PIPE)
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.mark.skipif(not shutil.which("patch"), reason="the program patch is not there")
+def test_patches_apply_and_do_what_they_say(tmp_path):
+    networks = []
+    for module in (odm, patched("embedding", tmp_path), patched("number", tmp_path)):
+        torch.manual_seed(0)
+        networks.append(module.UNet(module.Config(**TINY), 4).eval())
+    plain, small, number = networks
+    assert torch.equal(small.label.weight, 0.02 * plain.label.weight)
+    for weight in plain.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    number.load_state_dict(plain.state_dict())
+    w, null = plain.label.weight.data[0].clone(), plain.label.weight.data[4].clone()
+    plain.label.weight.data = torch.stack([-w, -w / 3, w / 3, w, null])
+    x, t, position = noise(3, 3, 8, 8), torch.tensor([5, 20, 50]), torch.tensor([0.0, 2.0, 3.0])
+    found = sys.modules["number"].guided_eps(number, position, 2.0)(x, t)
+    assert max_error(found, odm.guided_eps(plain, position, 2.0)(x, t)) < 1e-5
+
+    # d(p,q) is 0.2 and d(q,r) 0.8 where classes 0, 1, 3 ask for 1/3 and 2/3; the second triplet is right.
+    label, root = torch.tensor([1, 2, 0, 1, 3, 1, 2, 3]), torch.tensor([0, 1, 0, 0, 0, 1, 1, 1])
+    batch = odm.Batch(root, label, root, t=torch.tensor([10, 40]), flip=torch.zeros(2))
+    eps_hat = torch.tensor([0, 0, 0, 0.2, 1, 0, 0.5, 1]).view(-1, 1, 1, 1).expand(8, 3, 4, 4)
+    arguments = lambda *_: eps_hat, x[0].expand(8, 3, 8, 8)[:, :, :4, :4], noise(2, 3, 4, 4), batch, ALPHA_BAR
+    found = patched("spacing", tmp_path).total_loss(*arguments, odm.Config(ordinal=2.0, timesteps=50))[2].item()
+    assert found == pytest.approx(2 * (1 / 3 - 0.2) ** 2 * (2 * 10 / 50) / 2, rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------- fid.py

@@ -66,12 +66,12 @@ def moved(model: odm.UNet, images: Tensor, own: Tensor, positions: Tensor) -> Te
     return odm.to_uint8(x).cpu()
 
 
-def positions_of(network: odm.Network, images: Tensor) -> Tensor:
-    """read_position of images (N, 3, H, W) uint8, by the seed and in the batches of the config: (N,)."""
-    config, device, found = network.model.config, network.model.label.weight.device, []
-    alpha_bar, progress = odm.alpha_bars(config).to(device), odm.Progress(len(images), "severities read")
-    for part in images.split(config.batch):
-        found += read_position(network.model, odm.to_unit(part.to(device)), alpha_bar, config.seed)
+def positions_of(network: odm.Network, images: Tensor, seed: int = 0, batch: int = 16) -> Tensor:
+    """read_position of images (N, 3, H, W) uint8, a batch at a time: (N,), on the CPU."""
+    model, found, progress = network.model, [], odm.Progress(len(images), "severities read")
+    alpha_bar = odm.alpha_bars(model.config).to(model.label.weight.device)
+    for part in images.split(batch):
+        found += read_position(model, odm.to_unit(part.to(alpha_bar.device)), alpha_bar, seed)
         progress.show(len(found))
     return torch.stack(found)
 
@@ -97,10 +97,10 @@ def given_images(network: odm.Network, images: list) -> tuple[list[Path], list[s
     return files, titles, given, odm.read_squares(files, size=config.size, crop=config.crop)
 
 
-def read(network: odm.Network, images: list) -> list[tuple]:
+def read(network: odm.Network, images: list, seed: int = 0, batch: int = 16) -> list[tuple]:
     """(file, severity, grade: the nearest class, given) of each; says how what is read and given compare."""
     files, _, given, pixels = given_images(network, images)
-    positions, names = positions_of(network, pixels).cpu().numpy(), network.names
+    positions, names = positions_of(network, pixels, seed, batch).numpy(), network.names
     scale, nearest = np.array(odm.severities_of(names)), (positions + 0.5).astype(int)
     severities = np.interp(positions, range(len(names)), scale)
     if "" in given:
@@ -116,7 +116,8 @@ def read(network: odm.Network, images: list) -> list[tuple]:
     return list(zip(files, severities.round(3).tolist(), [names[c] for c in nearest], given))
 
 
-def move(network: odm.Network, images: list, severity: str = "all", at: str = "", out: str = "") -> Path:
+def move(network: odm.Network, images: list, seed: int = 0, batch: int = 16, severity: str = "all",
+         at: str = "", out: str = "") -> Path:
     """Move images to severities (see odm.parse_severities), into OUT/<class>/<name>.png. Returns OUT.
 
     at: the severity that all the images have [it is read from each]. What is there already is kept.
@@ -129,11 +130,11 @@ def move(network: odm.Network, images: list, severity: str = "all", at: str = ""
         raise odm.UserError(f"{max(titles, key=titles.count)}: two images would get this name; rename one")
     out, config = Path(out or f"samples/{network.name}-moved"), network.model.config
     digest = hashlib.sha256(pixels.numpy()).hexdigest()
-    odm.note_settings(out, network, seed=config.seed, at=at, images=digest)
-    own = torch.tensor(given_at * len(files)) if at else positions_of(network, pixels).float()
+    odm.note_settings(out, network, seed=seed, at=at, images=digest)
+    own = torch.tensor(given_at * len(files)) if at else positions_of(network, pixels, seed, batch).float()
     jobs = [(out / name / f"{title}.png", (image, position, torch.tensor(to)))
             for name, to in wanted.items() for title, image, position in zip(titles, pixels, own)]
-    odm.write_images(jobs, lambda inputs: moved(network.model, *map(torch.stack, zip(*inputs))), config.batch)
+    odm.write_images(jobs, lambda inputs: moved(network.model, *map(torch.stack, zip(*inputs))), batch)
     if odm.RANK == 0:
         some = slice(None, None, (len(titles) + 7) // 8)  # eight at most
         columns = []
@@ -147,9 +148,20 @@ def move(network: odm.Network, images: list, severity: str = "all", at: str = ""
     return out
 
 
+def at_least(low: int):
+    """The type of a flag: a whole number from low."""
+
+    def number(text: str) -> int:
+        if not low <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {2**63 - 1}")
+        return int(text)
+
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; exit statuses as those of odm.py."""
-    parser = odm.Parser("line.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = odm.Parser("line.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("command", choices=("read", "move"))
     add("images", nargs="+", metavar="IMAGES")
@@ -157,8 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--at", help="the severity that images to move have [read from each]")
     add("--out", help="folder for moved images [samples/RUN-STEP-moved]")
     add("--checkpoint", default="", help="one, or a run's folder [the newest in runs/, else data/demo.pt]")
-    add("--seed", type=int, default=0, help="of the noise that reading adds [0]")
-    add("--batch", type=int, default=16, help="images at once [16]; lower it where memory runs out")
+    add("--seed", type=at_least(0), default=0, help="of the noise that reading adds [0]")
+    add("--batch", type=at_least(1), default=16, help="images at once [16]; lower it where memory runs out")
     add("--device", default="auto", help="cpu, cuda, ... [the GPU if there is one]")
     args = parser.parse_args(argv)
     options = {name: getattr(args, name) for name in ("severity", "at", "out") if getattr(args, name)}
@@ -167,9 +179,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table alone
-            changes = dict(seed=args.seed, batch=args.batch, guidance=1.0, eta=0.0)
-            network = odm.load_network(args.checkpoint, args.device, **changes)
-            rows = {"read": read, "move": move}[args.command](network, args.images, **options)
+            network = odm.load_network(args.checkpoint, args.device, guidance=1.0, eta=0.0)
+            use = {"read": read, "move": move}[args.command]
+            rows = use(network, args.images, args.seed, args.batch, **options)
         if args.command == "read" and odm.RANK == 0:
             csv.writer(sys.stdout).writerows([("file", "severity", "grade", "given"), *rows])
 

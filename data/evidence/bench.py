@@ -1,6 +1,6 @@
 """Speed and memory: training and sampling, alone or beside diffusers; fid.py beside pytorch-fid and prdc.
 
-    python data/evidence/bench.py                                      # the paper's settings; flags as of `train`
+    python data/evidence/bench.py                     # the paper's settings; takes flags of `train`
     python data/evidence/bench.py --preset small --rounds 20
     python data/evidence/bench.py --batch 4 --guidance 2 --diffusers   # needs diffusers
     python data/evidence/bench.py --fid                                # needs pytorch-fid and prdc

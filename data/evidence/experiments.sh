@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 weights=${WEIGHTS:+--weights $WEIGHTS} # of fid.py, where they cannot be downloaded
-steps=${STEPS:-1600} each=${EACH:-24} n=${N:-1656} seeds=${SEEDS:-0 1 2}
+steps=${STEPS:-1600} n=${N:-1656} seeds=${SEEDS:-0 1 2} each=${EACH:+--each $EACH}
 quarter="--triplet-part 0.25" # of each batch, as in the published rows
 printed="--triplets images --distance squared --ordinal 3072" # Eq. 8 as printed
 
@@ -41,9 +41,9 @@ synthetic() { # severities sampled, read and moved, where they are known
         train "demo-w10-$seed" --seed "$seed" $quarter --ordinal 10
     done
     for name in dm odm w10; do
-        python data/evidence/severity.py runs/demo-$name-* --each "$each"
+        python data/evidence/severity.py runs/demo-$name-* $each
     done
-    python data/evidence/severity.py data/demo.pt --each "$each"
+    python data/evidence/severity.py data/demo.pt $each
 }
 
 rivals() { # on synthetic frames: Eq. 8 as printed, and the severity fed as one number in place of the loss
@@ -52,8 +52,8 @@ rivals() { # on synthetic frames: Eq. 8 as printed, and the severity fed as one 
         train "demo-printed-$seed" --seed "$seed" $quarter $printed
         program=number/odm.py train "demo-number-$seed" --data data/demo --seed "$seed" --ordinal 0
     done
-    python data/evidence/severity.py runs/demo-printed-* --each "$each"
-    PYTHONPATH=number python data/evidence/severity.py runs/demo-number-* --each "$each"
+    python data/evidence/severity.py runs/demo-printed-* $each
+    PYTHONPATH=number python data/evidence/severity.py runs/demo-number-* $each
 }
 
 rare() { # how many synthetic frames of Mayo 3 are enough, and Mayo 2 left out
@@ -73,7 +73,7 @@ END
             train "$name-dm-$seed" --data "data/$name" --seed "$seed" --ordinal 0
             train "$name-odm-$seed" --data "data/$name" --seed "$seed" $quarter
         done
-        python data/evidence/severity.py runs/$name-* --each "$each"
+        python data/evidence/severity.py runs/$name-* $each
     done
 }
 
@@ -207,8 +207,8 @@ embedding() { # other first standard deviations of the class embedding than odm.
                 program=embedding/odm.py train "emb-$set-$std-$seed" --data data/$set --seed $seed --ordinal 0
             done
         done
-        python data/evidence/severity.py runs/emb-demo-$std-* --each "$each"
-        python data/evidence/severity.py --leaves runs/emb-leaf-$std-* --each "$each"
+        python data/evidence/severity.py runs/emb-demo-$std-* $each
+        python data/evidence/severity.py --leaves runs/emb-leaf-$std-* $each
     done
     for seed in $seeds; do
         python data/evidence/heldout.py runs/emb-demo-{1,0.3,0.1,0.02}-"$seed" data/demo-test

@@ -4,20 +4,18 @@
     python data/evidence/severity.py --leaves runs/leaf-odm-*    # coffee leaves: the diseased part of a leaf
     python data/evidence/severity.py data/demo.pt --picture data/moved.png    # given, read, moved, truth
 
-A row for each network, then mean and standard deviation; above them what they compare with:
+A row for each network, then mean and standard deviation; above them what they compare with. Of leaves there
+are the first three numbers. Samples go to samples/RUN-..., and what is there already is kept.
 
-    drawn   mean severity of samples at each class, one noise a row, by demo.measure or leaf_severity
+    shown   mean severity of samples at each class, one noise a row, by demo.measure or leaf_severity
     median  of the same
     rising  share of the pairs of samples, of one noise at neighbouring classes, whose severities ascend
-    off     severity asked for in quarter steps, 0 ... 3, one noise a row: mean distance of the severity drawn
+    off     severity asked for in quarter steps, 0 ... 3, one noise a row: mean distance of the severity shown
     bend    the same thirteen mean severities: root mean square distance from their own straight line
     read    mean error of the severities read from fresh frames
     within  correlation of severity read and true severity inside a grade, mean over the grades
     kappa   of the grades nearest to the severities read
-    moved   root mean square error, in [-1, 1], of fresh frames moved to 0, 1, 2, 3: a frame's scene can be
-            drawn at any severity, which is the truth
-
-Of leaves the first three. Samples go to samples/RUN-..., and what is there already is kept.
+    moved   root mean square error, in [-1, 1], of fresh frames moved to 0, 1, 2, 3, beside their scenes there
 """
 
 import argparse
@@ -35,6 +33,7 @@ sys.path += [str(DATA.parent), str(DATA), str(DATA / "beyond")]
 import demo
 import line
 import odm
+from usefulness import quadratic_kappa
 
 SEED = 55  # of the fresh scenes
 ASKED = np.arange(0, 3.1, 0.25)  # severities of a series
@@ -107,7 +106,7 @@ def shown(checkpoint: Path, asked: str, each: int, measure: Callable, name: str,
 
 def drawn(severities: list[np.ndarray]) -> dict:
     """Of the severities measured at each class."""
-    return {"drawn": [part.mean() for part in severities], "median": [np.median(part) for part in severities]}
+    return {"shown": [part.mean() for part in severities], "median": [np.median(part) for part in severities]}
 
 
 def off_and_bend(series: np.ndarray) -> dict:
@@ -119,21 +118,21 @@ def off_and_bend(series: np.ndarray) -> dict:
 def read(checkpoint: Path, each: int) -> dict:
     """How well severities are read from fresh frames."""
     _, files, grade, true = fresh_frames(each)
-    network = odm.load_network(checkpoint, "cpu", seed=0, batch=16)
+    network = odm.load_network(checkpoint, "cpu")
     positions = line.positions_of(network, odm.read_squares(files, size=32))
     found = np.interp(positions, range(len(network.names)), odm.severities_of(network.names))
     within = np.mean([np.corrcoef(found[grade == g], true[grade == g])[0, 1] for g in range(4)])
     confusion = np.histogram2d(grade, np.floor(found + 0.5), bins=4, range=[[0, 4]] * 2)[0]
-    kappa = line.quadratic_kappa(torch.tensor(confusion))
+    kappa = quadratic_kappa(torch.tensor(confusion))
     return {"read": abs(found - true).mean(), "within": within, "kappa": kappa}
 
 
 def moved(checkpoint: Path, each: int, out: Path) -> dict:
     """Errors of fresh frames moved to 0, 1, 2, 3."""
     root, files, _, _ = fresh_frames(each)
-    network = odm.load_network(checkpoint, seed=0, batch=16, guidance=1.0, eta=0.0)
+    network = odm.load_network(checkpoint, guidance=1.0, eta=0.0)
     errors = []
-    for target, folder in enumerate(folders_of(line.move(network, [root], "0:3:1", out=out))):
+    for target, folder in enumerate(folders_of(line.move(network, [root], severity="0:3:1", out=out))):
         images = odm.read_squares([folder / f"{file.parent.name}-{file.name}" for file in files], size=32)
         errors.append(rms(images, truths_of(files, target)))
     return {"moved": errors}
@@ -178,7 +177,7 @@ def show(name: str, numbers: dict) -> None:
 
 def draw_picture(checkpoint: Path, file: Path) -> None:
     """One frame of each grade and the severity read below it; moved ones, and below each the truth."""
-    network = odm.load_network(checkpoint, seed=0, batch=16, guidance=1.0, eta=0.0)
+    network = odm.load_network(checkpoint, guidance=1.0, eta=0.0)
     _, files, _, _ = fresh_frames(1)
     given = odm.read_squares(files, size=32)
     columns = {"given": []}
@@ -187,7 +186,7 @@ def draw_picture(checkpoint: Path, file: Path) -> None:
         ImageDraw.Draw(label).text((64, 64), f"read: {position:.2f}", "black", anchor="mm", font_size=18)
         columns["given"] += [image, torch.from_numpy(np.array(label)).permute(2, 0, 1)]
         out = Path("samples", f"{checkpoint.stem}-picture", path.parent.name)
-        for target, folder in enumerate(folders_of(line.move(network, [path], "0:3:1", out=out))):
+        for target, folder in enumerate(folders_of(line.move(network, [path], severity="0:3:1", out=out))):
             pair = [odm.read_square(folder / path.name, 32), truths_of([path], target)[0]]
             columns.setdefault(f"moved to {target}", []).extend(pair)
     large = {title: [at_size(np.array(odm.to_picture(image)), 128) for image in column]
@@ -200,6 +199,8 @@ def evaluate(checkpoints: list[Path], leaves: bool, each: int, picture: Path | N
     if picture:
         return draw_picture(checkpoints[0], picture)
     each, size = each or (64 if leaves else 24), odm.load_network(checkpoints[0]).model.config.size
+    if each < 2:
+        raise odm.UserError(f"--each {each}: must be 2 or more")
     data, measure = (DATA / "leaf", leaf_severity) if leaves else (DATA / "demo", demo.measure)
     if not leaves:
         demo.make(data)
