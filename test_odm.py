@@ -228,7 +228,7 @@ def test_a_triplet_is_three_classes_in_order_with_one_noise(triplets):
         own = LABELS[plain.image]
         assert ((plain.label == own) | (plain.label == 4)).all() and (plain.label == 4).any()
         assert len(batch.image) == len(batch.label) == 32 + 3 * 6  # a fifth of 32, rounded
-        assert batch.root.tolist() == [*range(32), *(g for g in range(6) for _ in range(3))]  # so noise, t, ...
+        assert batch.root.tolist() == [*range(32), *np.repeat(range(6), 3)]  # so noise, t, flip, mask are one
         for g, (shown, image) in enumerate(zip(batch.label[32:].split(3), batch.image[32:].split(3))):
             assert own[g] in shown and shown.tolist() == sorted(set(shown.tolist()) - {4}) and len(shown) == 3
             if triplets == "images":  # each row shows an image of its class
@@ -259,7 +259,8 @@ def test_total_loss_is_equation_8(changes):
     direction, images = noise(5, 3, 8, 8, seed=7), noise(100, 3, 8, 8, seed=8)
     model = lambda x, t, c, root=None: 0.5 * x + direction[c] * (1 + t[:, None, None, None] / 50)
     for step in range(4):
-        config, batch = drawn(step, 13, **{"ordinal": 0.7, "class_dropout": 0.3, "triplet_part": 0.25, **changes})
+        defaults = dict(ordinal=0.7, class_dropout=0.3, triplet_part=0.25)
+        config, batch = drawn(step, 13, **(defaults | changes))
         alpha_bar, eps, x_0 = odm.alpha_bars(config), noise(13, 3, 8, 8, seed=50 + step), images[batch.image]
         estimates = []
         for row, root in enumerate(batch.root):
@@ -267,8 +268,10 @@ def test_total_loss_is_equation_8(changes):
             x_t = alpha_bar[t].sqrt() * x_0[row] + (1 - alpha_bar[t]).sqrt() * eps[root]
             estimates += model(x_t[None], t[None], batch.label[row][None])
         dm = np.mean([(eps[b] - estimates[b]).square().mean().item() for b in range(13)])
-        terms = [config.ordinal * batch.t[g].item() / 50 * by_hand(*estimates[13 + 3 * g :][:3], config.distance)
-                 for g in range(3)] if config.ordinal else [0.0]
+        terms = [0.0]
+        if config.ordinal:
+            losses = [by_hand(*estimates[first : first + 3], config.distance) for first in (13, 16, 19)]
+            terms = [config.ordinal * batch.t[g].item() / 50 * losses[g] for g in range(3)]
         found = odm.total_loss(model, x_0, eps, batch, alpha_bar, config)
         expected = [dm + np.mean(terms), dm, np.mean(terms)]
         assert torch.stack(found).tolist() == pytest.approx(expected, rel=1e-5)
@@ -664,7 +667,7 @@ def test_held_out_is_the_loss_on_unseen_images(graded, tmp_path, capsys):
 
 
 def chosen_of(labels):
-    """The 64 images that stand for a held-out set, by a loop: shuffled, one of each class, then another, ..."""
+    """The 64 images that stand for a held-out set, by a loop: shuffled, one of each class, then another."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
     heaps = [[i for i in shuffled if labels[i] == c] for c in range(3)]
     chosen = []
@@ -760,11 +763,13 @@ odm.dist.destroy_process_group()
     torch.manual_seed(odm.seed_of("weights", 0))
     model, alpha_bar, found = odm.UNet(config, 4).train(), odm.alpha_bars(config), []
     for rank in (0, 1):
-        batch = odm.draw_batch(labels, 4, config, 4, torch.Generator().manual_seed(odm.seed_of("batch", 0, 0, rank)))
+        rng = torch.Generator().manual_seed(odm.seed_of("batch", 0, 0, rank))
+        batch = odm.draw_batch(labels, 4, config, 4, rng)
         torch.manual_seed(odm.seed_of("eps", 0, 0, rank))
         x_0 = odm.to_unit(images[batch.image])
         x_0 = torch.where(batch.flip[batch.root].view(-1, 1, 1, 1), x_0.flip(-1), x_0)
-        found.append(torch.stack(odm.total_loss(model, x_0, torch.randn(4, 3, 8, 8), batch, alpha_bar, config)))
+        eps = torch.randn(4, 3, 8, 8)
+        found.append(torch.stack(odm.total_loss(model, x_0, eps, batch, alpha_bar, config)))
     losses = (found[0] + found[1]) / 2
     losses[0].backward()
     grad_norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
@@ -812,9 +817,9 @@ def table(rows=ROWS, header="image,level", encoding="utf-8"):
 
 # What it is; the files; the CSV t.csv; flags of train; the line that train prints, or ! and its error.
 INPUTS = [
-    ("numbers rank", "grade 10/a.png|grade 9/a.png|grade 2/a.png", "", "", "grade 2 1, grade 9 1, grade 10 1"),
+    ("numbers rank", "KL 10/a.png|KL 9/a.png|KL 2/a.png", "", "", "KL 2 1, KL 9 1, KL 10 1"),
     ("numbers as a whole", "-2/a.png|-1/a.png|0.5/a.png", "", "", "-2 1, -1 1, 0.5 1"),
-    ("a hyphen is no minus", "grade-0/a.png|grade-1/a.png|grade-2/a.png", "", "", "grade-0 1, grade-1 1, grade-2 1"),
+    ("a hyphen is no minus", "KL-0/a.png|KL-1/a.png|KL-2/a.png", "", "", "KL-0 1, KL-1 1, KL-2 1"),
     ("splits", "train/0/a.png|test/0/a.png|train/1/a.png|b.png", "", "",
      "0 2, 1 1; 1 images without a class, as b.png"),
     ("names", "mild/a.png|severe/a.png|x/mild/b.png|other/c.png", "", "--order=mild,severe",
@@ -843,7 +848,8 @@ INPUTS = [
      "0 2, 1 1, 2 2; files not read: .json 1"),
     ("capitals, blanks", FIVE, table(header=" ID_code, Diagnosis"), "t.csv", "0 2, 1 1, 2 2"),
     ("semicolons", FIVE, table().replace(b",", b";"), "t.csv", "0 2, 1 1, 2 2"),
-    ("tabs, UTF-16", FIVE, table(ROWS.replace(",", "\t"), "image\tlevel", "utf-16"), "t.csv", "0 2, 1 1, 2 2"),
+    ("tabs, UTF-16", FIVE, table(ROWS.replace(",", "\t"), "image\tlevel", "utf-16"), "t.csv",
+     "0 2, 1 1, 2 2"),
     ("IDs in other forms", "a/000.png|a/B.PNG|b/cc.jpg|d.bmp|e.1.png",
      table("000.jpeg,0 b,0 b\\CC.JPG,1 images/D.png,2 e.1,2.0"), "t.csv", "0 2, 1 1, 2 2"),
     ("2 and 2.0", FIVE, table("000,2 001,2.0 002,1.0 003,1 004,-1"), "t.csv", "-1 1, 1 2, 2 2"),
@@ -854,15 +860,18 @@ INPUTS = [
     ("an ID in two folders", "train/000.png|test/000.png", table(), "t.csv",
      "!000 fits .*test/000.png and .*train/000.png; put the CSV above one"),
     ("told apart by folders", "train/a.png|test/a.png", table("train/a,0 test/a,1"), "t.csv", "0 1, 1 1"),
-    ("another folder", "test/a.png|test/b.png", table("train/a,0 train/b,1"), "t.csv", "!an ID is train/a, an image a"),
+    ("another folder", "test/a.png|test/b.png", table("train/a,0 train/b,1"), "t.csv",
+     "!an ID is train/a, an image a"),
     ("a name and its suffix", "a.png|a.jpg|b.jpg", table("a.jpg,0 b.jpg,1"), "t.csv",
      "0 1, 1 1; 1 images without a class, as a.png"),
     ("no ID fits", FIVE, table("a,0 b,1"), "t.csv", "!an ID is a, an image 000.png"),
-    ("no header", FIVE, table(header="000,0"), "t.csv", "!no columns image,level or id_code,diagnosis, but 000, 0"),
+    ("no header", FIVE, table(header="000,0"), "t.csv",
+     "!no columns image,level or id_code,diagnosis, but 000, 0"),
     ("one-hot", FIVE, table("000,0,1", "image,N,MILD"), "t.csv", "!but image, N, MILD; name two"),
-    ("no such column", FIVE, table(), "t.csv|--columns=image,grade", "!no columns image,grade, but image, level"),
+    ("no such column", FIVE, table(), "t.csv|--columns=image,grade",
+     "!no columns image,grade, but image, level"),
     ("a second grade", FIVE, table(ROWS + " 000.png,1"), "t.csv", "!000.png a second grade"),
-    ("a quote that never ends", FIVE, b'image,level\n"' + 200_000 * b"x", "t.csv", "!t.csv: not readable as a CSV"),
+    ("a quote without end", FIVE, b'image,level\n"' + 200_000 * b"x", "t.csv", "!t.csv: not readable as"),
     ("an empty CSV", FIVE, b"\n", "t.csv", "!t.csv: no columns"),
     ("no image", "a.jfif", table(), "t.csv", "!no images in it .*.jfif 1"),
     ("one class", "0/a.png|0/b.png", "", "", "!1 folders or grades, 0: no classes"),
@@ -1419,7 +1428,8 @@ def test_patches_apply_and_do_what_they_say(tmp_path):
     batch = odm.Batch(root, label, root, t=torch.tensor([10, 40]), flip=torch.zeros(2))
     eps_hat = torch.tensor([0, 0, 0, 0.2, 1, 0, 0.5, 1]).view(-1, 1, 1, 1).expand(8, 3, 4, 4)
     arguments = lambda *_: eps_hat, x[0].expand(8, 3, 8, 8)[:, :, :4, :4], noise(2, 3, 4, 4), batch, ALPHA_BAR
-    found = patched("spacing", tmp_path).total_loss(*arguments, odm.Config(ordinal=2.0, timesteps=50))[2].item()
+    spacing = patched("spacing", tmp_path)
+    found = spacing.total_loss(*arguments, odm.Config(ordinal=2.0, timesteps=50))[2].item()
     assert found == pytest.approx(2 * (1 / 3 - 0.2) ** 2 * (2 * 10 / 50) / 2, rel=1e-5)
 
 
