@@ -207,7 +207,7 @@ class Inception(nn.Sequential):
 
 
 def features(images: Iterable[Tensor], network: Inception, batch_size: int = 16,
-             progress: odm.Progress | None = None) -> Tensor:
+             progress: Callable | None = None) -> Tensor:
     """Features (N, dims), float32 on the CPU, of uint8 images (N, 3, H, W), or of any (3, H, W) one by one.
 
     Runs where the network is, in eval mode and true float32 (less moves FID).
@@ -221,7 +221,7 @@ def features(images: Iterable[Tensor], network: Inception, batch_size: int = 16,
             resized = [F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) for x in unit]
             result.append(network(2 * torch.cat(resized) - 1).cpu())
             if progress:
-                progress.show(sum(map(len, result)))
+                progress(sum(map(len, result)))
     result = torch.cat(result)
     if not result.isfinite().all():
         raise odm.UserError("features are not finite: --weights are not those of the FID Inception")
@@ -265,7 +265,7 @@ class ImageSet:
         else:
             pixels = (np.array(odm.read_image(path)) for path in self.paths)
             images = (torch.from_numpy(image).permute(2, 0, 1) for image in pixels)
-        return features(images, network, batch_size, odm.Progress(len(self.paths), f"images of {self.name}"))
+        return features(images, network, batch_size, odm.progress_of(len(self.paths), f"images of {self.name}"))
 
 
 def find_real(data: str, order: str, columns: str) -> tuple[ImageSet, list[str]]:

@@ -308,7 +308,7 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------------------------- settings
 
 
-def setting(default, help: str, low=None, high=math.inf, choices=None):
+def setting(default, help: str, low=None, high=2**31, choices=None):
     """A field of Config, with its range."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
@@ -491,14 +491,14 @@ def train(config: Config) -> Path:
     torchrun each process takes its share of the batch.
     """
     check_config(config)
-    device, run = start(config.device), Run(config)
+    device, out = start(config.device), folder_of(config)
     images, labels, names, unseen = training_data(config)
     torch.manual_seed(seed_of("weights", config.seed))
     model = build(config, len(names), device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    run = Run(out, config, names, labels, images, unseen, dict(model=model, ema=ema, optimizer=optimizer))
     images, alpha_bar, net = images.to(device), alpha_bars(config).to(device), parallel(model)
-    run.resume(names, labels, images, unseen, alpha_bar, dict(model=model, ema=ema, optimizer=optimizer))
 
     model.train()
     with stop_signals() as stop:
@@ -507,8 +507,8 @@ def train(config: Config) -> Path:
             batch = draw_batch(labels, len(names), config, config.batch // WORLD, rng).to(device)
             torch.manual_seed(seed_of("eps", config.seed, step, RANK))  # of eps and of dropout
             losses = training_step(net, ema, optimizer, images, batch, alpha_bar, config, step)
-            run.after_step(losses, stop)  # metrics, checkpoint, sheet
-    return run.out
+            run.after_step(step + 1, losses, stop)  # metrics, checkpoint, sheet
+    return out
 
 
 # ==================================================================== the method ends here
@@ -554,23 +554,22 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a large colour profile is no attack
 
 
 def list_files(root: Path) -> list[Path]:
-    """All files below root, sorted, those in linked folders too, each once.
+    """All files below root, sorted, those in linked folders too, but not hidden ones.
 
-    Passed over are hidden files, and below root the runs and samples of this program.
+    It says which folders it passes over: runs and samples of this program, and links to a folder of root.
     """
 
     def fail(error: OSError):  # a folder that may not be read must not pass for an empty one
         raise error
 
-    found, seen = [], set()
+    found = []
     for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        real = Path(folder).resolve()
-        second_name = os.path.islink(folder) and root.resolve() in real.parents
-        ours = {"checkpoint.pt", "sample.json"}.intersection(files)
-        if real in seen or second_name or (ours and Path(folder) != root):
+        second_name = os.path.islink(folder) and Path(folder).resolve().is_relative_to(root.resolve())
+        ours = "sample.json" in files or {"checkpoint.pt", "metrics.csv"} <= set(files)
+        if Path(folder) != root and (ours or second_name):
+            say(f"{folder}: passed over, {'a run or samples of odm.py' if ours else 'a second name'}")
             subfolders.clear()
             continue
-        seen.add(real)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         pictures = {"sheet.png", "series.gif"} if ours else set()  # these show images that lie below
         found += [Path(folder, name) for name in set(files) - pictures if not name.startswith(".")]
@@ -587,16 +586,20 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:  # which refuses more than 179 million pixels
             if image.mode in ("I", "F"):
                 raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16")
-            sixteen_bits = ";16" in str(image.tile)  # Pillow keeps the upper 8 of 16-bit colours
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's, with its preview
+                raise ValueError(f"{image.n_frames} pictures in one file; save the graded one alone")
+            sixteen_bits = image.mode.startswith("I;16") or ";16" in str(image.tile)
             image = ImageOps.exif_transpose(image)
-            pixels, grey = np.asarray(image), image.mode.startswith("I;16")
-            if sixteen_bits and pixels.max() < (4096 if grey else 16):
-                raise ValueError("its 16 bits hold 12 or fewer, which would be almost black; scale them up")
-            if grey:  # converting to RGB would clip it
-                image = Image.fromarray((pixels.astype(np.float64) / 257).round().astype(np.uint8))
+            if image.mode.startswith("I;16"):  # converting to RGB would clip it
+                if getattr(image, "tag_v2", {}).get(262) == 0:
+                    raise ValueError("white is 0 in it; save it with black as 0")
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # as Pillow cuts colours
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-            return image.convert("RGB")
+            image = image.convert("RGB")
+            if sixteen_bits and np.max(image) < 16:
+                raise ValueError("its 16 bits hold 12 or fewer, which would be almost black; scale them up")
+            return image
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"{path}: not readable as an image ({error}); repair or remove it") from None
 
@@ -616,11 +619,11 @@ def read_square(path: str | Path, size: int, crop: int = 0) -> Tensor:
 
 def read_squares(paths: Sequence[Path], **how) -> Tensor:
     """read_square of every file: (N, 3, size, size) uint8."""
-    images, progress = [], Progress(len(paths), "images read")
+    images, progress = [], progress_of(len(paths), "images read")
     with ThreadPoolExecutor() as pool:
         for image in pool.map(partial(read_square, **how), paths):
             images.append(image)
-            progress.show(len(images))
+            progress(len(images))
     return torch.stack(images)
 
 
@@ -629,10 +632,9 @@ def by_number(names: set[str]) -> dict[str, float]:
 
     -1, 0.5 and 10 are numbers as a whole; the hyphen of grade-1 is no minus.
     """
-    numbers = {name: re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?", name) for name in names}
-    ranked = sorted((float(found[0]), name) for name, found in numbers.items() if len(found) == 1)
-    distinct = {number for number, _ in ranked}
-    return {name: number for number, name in ranked} if len(distinct) == len(names) else {}
+    found = {name: re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?", name) for name in names}
+    number = {float(numbers[0]): name for name, numbers in found.items() if len(numbers) == 1}
+    return {number[n]: n for n in sorted(number)} if len(number) == len(names) else {}
 
 
 def some_of(names) -> str:
@@ -652,18 +654,17 @@ def grades_from_csv(file: Path, paths: Sequence[Path], columns: str) -> tuple[di
 
     An ID fits a file if their names agree, and their folders as far as both have some.
     """
-    content = file.read_bytes()
-    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    text = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
+    utf16 = file.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
+    text = file.read_text("utf-16" if utf16 else "utf-8-sig", errors="replace")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     try:
-        header, *rows = csv.reader(io.StringIO(text), delimiter=delimiter)
+        header, *rows = csv.reader(text.splitlines(), delimiter=delimiter)
     except (csv.Error, ValueError) as error:
         raise UserError(f"{file}: not readable as a CSV ({error}); repair it") from None
     known = [name.strip().lower() for name in header]
     wanted = [columns] if columns else COLUMNS
     pairs = [[name.strip().lower() for name in pair.split(",")] for pair in wanted]
-    pair = next((pair for pair in pairs if set(pair) <= set(known)), None)
+    pair = next((pair for pair in pairs if [known.count(name) for name in pair] == [1, 1]), None)
     if not pair:
         raise UserError(f"{file}: no columns {' or '.join(wanted)}, but {', '.join(header)[:200]}; name two "
                         "with --columns ID,GRADE")
@@ -676,14 +677,14 @@ def grades_from_csv(file: Path, paths: Sequence[Path], columns: str) -> tuple[di
         id, grade = (dict(zip(known, row)).get(column, "").strip() for column in pair)
         parts = ending(id) or [""]
         fits = [path for path, others in named[parts[0]] if all(a == b for a, b in zip(parts, others))]
-        exact = [path for path in fits if re.split(r"[\\/]", id)[-1] in (path.name, path.stem)]
-        file_of_id = (exact or fits)[:2]
-        if len(file_of_id) == 2:
+        fits = [path for path in fits if re.split(r"[\\/]", id)[-1] in (path.name, path.stem)] or fits
+        if len(fits) > 1:
             raise UserError(f"{file}: {id} fits {fits[0]} and {fits[1]}; put the CSV above one of them alone")
-        grade = re.sub(r"^([+-]?\d+)\.0+$", r"\1", grade)  # 2.0 is 2
+        if re.fullmatch(r"[+-]?\d{1,9}([.,]\d+)?", grade):
+            grade = f"{float(grade.replace(',', '.')):.10g}"  # 2.0 is 2
         if not fits:
             unmatched.append(id)
-        elif grade and grade_of.setdefault(file_of_id[0], [grade]) != [grade]:
+        elif grade and grade_of.setdefault(fits[0], [grade]) != [grade]:
             raise UserError(f"{file}: gives {id} a second grade; remove one of the two")
     if not grade_of:
         raise UserError(f"{file}: no row with a grade fits an image below {file.parent}; an ID is "
@@ -694,38 +695,40 @@ def grades_from_csv(file: Path, paths: Sequence[Path], columns: str) -> tuple[di
 def find_images(data: str | Path, order: str = "", columns: str = "") -> tuple[list, list, list]:
     """(paths, class index of each, class names in ascending severity) of a folder of class folders, or of a
     CSV and the images below its folder (data/README.md); says what it found, and what it passed over."""
-    given, names = Path(data).absolute(), [name.strip() for name in order.split(",")] if order else []
+    given, names = Path(data), [name.strip() for name in order.split(",")] if order else []
     by_csv = given.is_file() and given.suffix.lower() in (".csv", ".tsv", ".txt")
     if not (given.is_dir() or by_csv):
-        raise UserError(f"{data}: no such folder or CSV (data/README.md says how to get the data sets)")
+        raise UserError(f"{data}: no folder of images and no CSV of grades (data/README.md says where to get "
+                        "some)")
     if columns and not (by_csv and columns.count(",") == 1):
         raise UserError(f"--columns {columns}: names two columns, ID,GRADE, of a CSV that is named itself")
     root = given.parent if by_csv else given
     files = list_files(root)
-    paths, others = [path for path in files if is_image(path)], Counter()
-    for path in set(files) - set(paths) - {given}:
-        others[path.suffix.lower() or path.name] += 1
+    paths = [path for path in files if is_image(path)]
+    other_files = set(files) - set(paths) - {given}
+    others = Counter(path.suffix.lower() or path.name for path in sorted(other_files))
     not_read = "files not read: " + ", ".join(f"{suffix} {n:,}" for suffix, n in others.most_common(8))
     if not paths:
-        raise UserError(f"{root}: no images in it ({', '.join(sorted(SUFFIXES))}); {not_read}")
+        where = f"{root}, the folder of {given.name}," if by_csv else f"{root}"
+        raise UserError(f"{where} holds no images ({', '.join(sorted(SUFFIXES))}); {not_read}")
 
     if by_csv:
         names_of, unmatched = grades_from_csv(given, paths, columns)
     else:  # the folders above each image, nearest first
         names_of, unmatched = {path: path.relative_to(root).parts[-2::-1] for path in paths}, []
     levels = [set(level) - {None} for level in itertools.zip_longest(*names_of.values())] or [set()]
-    there, tables = set().union(*levels), [path for path in files if path.suffix.lower() == ".csv"]
-    hint = f"; or name a CSV of grades itself, as {tables[0]}" if tables and not by_csv else ""
+    there = set().union(*levels)
+    hint = "; or name a CSV of grades, as --data FILE.csv" if others[".csv"] and not by_csv else ""
     if len(there.intersection(names)) < len(names):
-        raise UserError(f"--order {order}: name each class once, of those there are: {some_of(there)}{hint}")
+        raise UserError(f"{data}: --order {order} must name each class once, of {some_of(there)}{hint}")
     if not names and levels[0] and by_number(levels[0]) and any(
             1 < len(level) <= 12 and by_number(level) for level in levels[1:]):
         raise UserError(f"{data}: numbered folders on two levels, {some_of(levels[0])} below "
                         f"{some_of(there - levels[0])}; name the classes with --order")
     ranked = names or list(by_number(levels[0]))
     if len(ranked) < 2 or (len(ranked) > 12 and not names):
-        raise UserError(f"{data}: {len(levels[0])} folders or grades, {some_of(levels[0])}: no classes in a "
-                        f"plain order; name them with --order, in ascending severity{hint}")
+        raise UserError(f"{data}: {len(levels[0])} folders or grades, {some_of(levels[0])}: not two or more "
+                        f"classes in a plain order; name them with --order, in ascending severity{hint}")
 
     must_be_folder_names(ranked)
     found = {path: [name for name in near if name in ranked] for path, near in names_of.items()}
@@ -761,8 +764,8 @@ def must_be_others(unseen: Tensor, seen: Tensor, name: str | Path) -> None:
     """Raise UserError if an image of one set (N, 3, H, W), whose name is given, is in the other set too."""
     known = {image.numpy().tobytes() for image in seen}
     if twins := sum(image.numpy().tobytes() in known for image in unseen):
-        raise UserError(f"{name}: {twins:,} of its {len(unseen):,} images are also among those trained on; hold "
-                        "out images of other patients")
+        raise UserError(f"{name}: {twins:,} of its {len(unseen):,} images are also among those trained on; "
+                        "hold out images of other patients")
 
 
 def training_data(config: Config) -> tuple[Tensor, Tensor, list[str], tuple]:
@@ -779,13 +782,14 @@ def training_data(config: Config) -> tuple[Tensor, Tensor, list[str], tuple]:
         say("two classes only: no triplet p < q < r, so no ordinal loss; this is the plain diffusion model")
     if not config.held_out:
         return images, labels, names, ()
+    if Path(config.held_out).is_dir():
+        reading["columns"] = ""
     others, their_labels, their_names = load_images(config.held_out, **reading)
     if their_names != names:
         raise UserError(f"--held-out {config.held_out}: classes {their_names}, but --data has {names}")
     must_be_others(others, images, config.held_out)
-    shuffled = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
-    nth_of_its_class = F.one_hot(their_labels[shuffled]).cumsum(0).gather(1, their_labels[shuffled, None])
-    chosen = shuffled[nth_of_its_class[:, 0].argsort(stable=True)[:64]]  # one of each class, then another
+    weights = 1 / their_labels.bincount()[their_labels]  # the classes alike
+    chosen = weights.multinomial(min(64, len(others)), generator=torch.Generator().manual_seed(0))
     return images, labels, names, (others[chosen], their_labels[chosen])
 
 
@@ -798,49 +802,53 @@ def noised(images: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def measure_line(model: UNet, images: Tensor, alpha_bar: Tensor) -> tuple[float, float]:
-    """(straightness, gap d(lowest, highest)) on 16 of the images (N, 3, H, W) uint8, under every class."""
-    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:16]
-    x_t, t, _ = noised(images[some.to(images.device)], alpha_bar)
+def measure(model: UNet, alpha_bar: Tensor, images: Tensor, unseen: Sequence[Tensor]) -> list[float]:
+    """Straightness and gap d(lowest, highest) on images (N, 3, H, W) uint8 under every class; L_DM of unseen
+    ones, (images, labels), if there are any."""
+    x_t, t, _ = noised(images, alpha_bar)
     eps_hat = torch.stack([model(x_t, t, torch.full_like(t, c)) for c in range(model.num_classes)], dim=1)
-    gap = noise_distance(eps_hat[:, 0], eps_hat[:, -1]).mean().item()
-    return straightness(eps_hat).mean().item() if model.num_classes >= 3 else math.nan, gap
+    straight = straightness(eps_hat).mean().item() if model.num_classes >= 3 else math.nan
+    numbers = [straight, noise_distance(eps_hat[:, 0], eps_hat[:, -1]).mean().item()]
+    if unseen:
+        x_t, t, eps = noised(unseen[0], alpha_bar)
+        numbers.append(dm_loss(eps, model(x_t, t, unseen[1].to(t))).mean().item())
+    return numbers
 
 
-@torch.no_grad()
-def held_out_loss(model: UNet, images: Tensor, labels: Tensor, alpha_bar: Tensor) -> float:
-    """L_DM of unseen images (N, 3, H, W) uint8."""
-    x_t, t, eps = noised(images, alpha_bar)
-    return dm_loss(eps, model(x_t, t, labels.to(t))).mean().item()
+MAY_CHANGE = set("sample_steps guidance eta steps order held_out out save_every sheet_every device precision "
+                 "compile".split())  # when a run is resumed (--data and --order: what they lead to may not)
 
 
-MAY_CHANGE = set("sample_steps guidance eta steps out init save_every "
-                 "sheet_every device precision compile".split())  # when a run is resumed
+def folder_of(config: Config) -> Path:
+    """The run's folder. One that cannot be written, or holds something else, is refused before any work."""
+    data = Path(config.data or "demo").resolve()
+    out = Path(config.out or Path("runs") / (data.parent if data.is_file() else data).name)
+    if RANK == 0:
+        if not (out / "checkpoint.pt").exists():
+            must_be_ours(out, "metrics.csv")
+        write_text(out / ".writable", "")
+        (out / ".writable").unlink()
+    return out
 
 
 class Run:
     """A run's folder: its checkpoint is loaded, and what each step leaves is written there."""
 
-    def __init__(self, config: Config):
-        data = Path(config.data or "demo").resolve()
-        self.config, self.text = config, ""
-        self.out = Path(config.out or Path("runs") / (data.parent if data.is_file() else data).name)
-        self.metrics, self.checkpoint = self.out / "metrics.csv", self.out / "checkpoint.pt"
-        self.rows = ["step,loss,dm,ordinal,grad_norm,straightness,gap" + ",held_out" * bool(config.held_out)]
-        self.step, self.sums = 0, torch.zeros(5)  # of the losses since the last row, and how many these are
-        if not self.checkpoint.exists():
-            self.rows_until(0)  # a metrics.csv of something else, and
-            self.write_rows()  # a place that is read-only, are found out now
-
-    def resume(self, names: list[str], labels: Tensor, images: Tensor, unseen: tuple, alpha_bar: Tensor,
-               parts: dict) -> None:
+    def __init__(self, out: Path, config: Config, names: list[str], labels: Tensor, images: Tensor,
+                 unseen: tuple, parts: dict):
         """Load the run's own checkpoint into parts, if there is one, else --init's."""
-        config, self.names, self.counts, self.parts = self.config, names, labels.bincount().tolist(), parts
-        self.images, self.unseen, self.alpha_bar = images, unseen, alpha_bar  # for measuring
+        digest = hashlib.sha256(images.numpy())
+        digest.update(labels.numpy())
+        self.about = dict(names=names, counts=labels.bincount().tolist(), digest=digest.hexdigest()[:12])
+        self.out, self.config, self.parts, model = out, config, parts, parts["model"]
+        device, some = model.label.weight.device, torch.randperm(len(images))[:16]
+        self.measured = alpha_bars(config).to(device), images[some], unseen
+        self.metrics, self.checkpoint = self.out / "metrics.csv", self.out / "checkpoint.pt"
+        self.step, self.losses, self.text = 0, [], ""  # losses since the last row
         if self.checkpoint.exists():
             with checkpoint_at(self.checkpoint) as state:
-                there = vars(state["config"]) | {"data": (state["names"], state["counts"])}
-                now = vars(config) | {"data": (names, self.counts)}
+                there = vars(state["config"]) | {"data": [state.get(name) for name in self.about]}
+                now = vars(config) | {"data": list(self.about.values())}
                 other = [f"{flag(name)} (there {there[name]}, now {now[name]})" for name in now
                          if there[name] != now[name] and name not in MAY_CHANGE]
                 if other:
@@ -854,67 +862,68 @@ class Run:
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
                 self.step = state["step"]
-                self.rows += self.rows_until(self.step)
-                self.write_rows()
         elif config.init:
             with checkpoint_at(config.init) as state:
-                weights, embedding = state["ema"], parts["model"].label.weight.detach()
-                if weights["label.weight"].shape != embedding.shape:  # other classes: a fresh embedding
-                    weights["label.weight"] = embedding
+                for name in ("groups", "timesteps"):  # the weights would load, and mean something else
+                    if getattr(state["config"], name) != getattr(config, name):
+                        raise UserError(f"--init {config.init}: has another {flag(name)}; use the same")
+                if state["names"] != names:
+                    say(f"{config.init}: has classes {', '.join(state['names'])}; the embedding begins anew")
+                    state["ema"]["label.weight"] = model.label.weight.detach()
                 for name in ("model", "ema"):
-                    parts[name].load_state_dict(weights)
-        self.progress, model = Progress(config.steps, "steps", self.step), parts["model"]
-        say(f"{self.out}: {sum(p.numel() for p in model.parameters()):,} parameters on "
-            f"{model.label.weight.device} x {WORLD}, step {self.step:,} of {config.steps:,}")
-
-    def rows_until(self, step: int) -> list[str]:
-        """Of metrics.csv, without those that an interrupted run wrote after its last checkpoint."""
-        if not self.metrics.exists():
-            return []
-        header, *rows = self.metrics.read_text(errors="replace").splitlines() or [""]
-        if header != self.rows[0] or not all(row.partition(",")[0].isdecimal() for row in rows):
+                    parts[name].load_state_dict(state["ema"])
+        header = "step,loss,dm,ordinal,grad_norm,straightness,gap" + ",held_out" * bool(config.held_out)
+        lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else [header]
+        steps = [line.partition(",")[0] for line in lines[1:]]
+        if lines[:1] != [header] or not all(map(str.isdecimal, steps)):
             raise UserError(f"{self.metrics}: not as train with these flags writes it; restore it, or move "
                             "it away to go on with a new one")
-        return [row for row in rows if int(row.partition(",")[0]) <= step]
+        # Without rows that an interrupted run wrote after its last checkpoint.
+        self.rows = [header] + [row for row, step in zip(lines[1:], steps) if int(step) <= self.step]
+        self.write_rows()
+        self.progress = progress_of(config.steps, "steps", self.step)
+        say(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} x {WORLD}, step "
+            f"{self.step:,} of {config.steps:,}" + "; nothing left to do" * (self.step >= config.steps))
 
     def write_rows(self) -> None:
         if RANK == 0:
             write_text(self.metrics, "\n".join(self.rows) + "\n")
 
-    def after_step(self, losses: Tensor, stop: list[int]) -> None:
+    def after_step(self, step: int, losses: Tensor, stop: list[int]) -> None:
         """Write a row, save and draw where they are due. Losses stay on the device until a row is."""
-        config, ema, self.step = self.config, self.parts["ema"], self.step + 1
-        self.sums = self.sums.to(losses) + torch.cat([losses, losses.new_ones(1)])
-        at_end, stopping = self.step == config.steps, bool(stop)  # a signal that comes later waits a step
-        saving = at_end or stopping or self.step % config.save_every == 0
-        if saving or self.step % config.log_every == 0:
+        config, ema = self.config, self.parts["ema"]
+        self.losses.append(losses)
+        at_end, stopping = step == config.steps, bool(stop)  # a signal that comes later waits a step
+        saving = at_end or stopping or step % config.save_every == 0
+        if saving or step % config.log_every == 0:
+            mean = torch.stack(self.losses).mean(0) / WORLD
             if WORLD > 1:
-                dist.all_reduce(self.sums)
-            if not self.sums.isfinite().all():
-                raise UserError(f"step {self.step}: the loss is not finite; train with a lower --lr in "
+                dist.all_reduce(mean)
+            if not mean.isfinite().all():
+                raise UserError(f"step {step}: the loss is not finite; train with a lower --lr in "
                                 "another --out (checkpoint.pt holds the last good state, if one was saved)")
-            numbers = (self.sums[:4] / self.sums[4]).tolist()
-            numbers += measure_line(ema, self.images, self.alpha_bar)
-            numbers += [held_out_loss(ema, *self.unseen, self.alpha_bar)] if self.unseen else []
-            self.rows.append(",".join([f"{self.step}", *(f"{number:.7g}" for number in numbers)]))
+            numbers = [*mean.tolist(), *measure(ema, *self.measured)]
+            self.rows.append(",".join([f"{step}", *(f"{number:.7g}" for number in numbers)]))
             columns = self.rows[0].split(",")[1:]
             self.text = "".join(f"  {name} {number:.3g}" for name, number in zip(columns, numbers))
-            self.sums = torch.zeros(5)
+            self.losses = []
             self.write_rows()
         if RANK > 0:
             return
-        if self.progress.show(self.step, self.text):
-            self.text = ""
+        self.progress(step, self.text)
         if saving:
-            state = dict(config=asdict(config), names=self.names, counts=self.counts, step=self.step)
+            state = dict(config=asdict(config), **self.about, step=step)
             state |= {name: part.state_dict() for name, part in self.parts.items()}
             write_file(self.checkpoint, partial(torch.save, state))
-        if at_end or (config.sheet_every and self.step % config.sheet_every == 0):
-            save_picture(draw_sheet(ema, self.names), self.out / "sheet.png")
+        if at_end or (config.sheet_every and step % config.sheet_every == 0):
+            keys = [(config.seed, row) for row in range(6)]  # the same starting noise along a row
+            names = self.about["names"]
+            columns = [(name, draw_images(ema, [float(c)] * 6, keys)) for c, name in enumerate(names)]
+            save_picture(sheet_of(columns), self.out / "sheet.png")
         if at_end:
-            say(f"{self.out}: trained to step {self.step:,}; {self.out / 'sheet.png'} shows samples")
+            say(f"{self.out}: trained to step {step:,}; {self.out / 'sheet.png'} shows samples")
         elif stopping:
-            say(f"{self.out}: stopped and saved at step {self.step:,}; the same command goes on from there")
+            say(f"{self.out}: stopped and saved at step {step:,}; the same command goes on from there")
             raise SystemExit(128 + stop[0])
 
 
@@ -944,7 +953,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def checkpoint_at(path: str | Path):
-    """{file, config: Config, names, counts, step, ema, [model, optimizer]} of a checkpoint, given its
+    """{file, sha256, config: Config, names, counts, step, ema, [model, optimizer]} of a checkpoint, given its
     file or its run's folder; no code in it runs.
 
     Whatever is wrong with it, here or inside the `with`, is one line: damaged files raise many kinds.
@@ -953,9 +962,11 @@ def checkpoint_at(path: str | Path):
     if path.is_dir():
         path /= "checkpoint.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()  # once: training may write the file anew
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         must_be_folder_names(state["names"])
-        yield state | dict(file=path, config=Config(**state["config"]))
+        sha256 = hashlib.sha256(content).hexdigest()
+        yield state | dict(file=path, sha256=sha256, config=Config(**state["config"]))
     except Exception as error:
         if isinstance(error, UserError) or out_of_memory(error):
             raise
@@ -973,12 +984,8 @@ class Network:
     model: UNet
     names: list[str]  # of its classes
     counts: list[int]  # images of each that it was trained on
-    file: Path  # its checkpoint
+    sha256: str  # of its checkpoint
     name: str  # RUN-STEP
-
-    def batch(self) -> int:
-        """Images at once, unless --batch says so."""
-        return 16 if self.model.label.weight.device.type == "cpu" else 128
 
 
 def load_network(checkpoint: str | Path = "", device: str = "auto", **changes) -> Network:
@@ -994,7 +1001,7 @@ def load_network(checkpoint: str | Path = "", device: str = "auto", **changes) -
         model.load_state_dict(state["ema"])
         say(f"{file}: step {state['step']:,}, classes {', '.join(names)}")
     run = file.parent.name if file.name == "checkpoint.pt" else f"{file.parent.name}-{file.stem}"
-    return Network(model, names, state["counts"], file, f"{run}-{state['step']}")
+    return Network(model, names, state["counts"], state["sha256"], f"{run}-{state['step']}")
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -1035,7 +1042,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
     """
-    if min(n, each, batch) < 0 or (n and each):
+    if min(n, each, batch) < 0 or (n and each) or max(n, each) > 10**7:
         raise UserError("-n, --each, --batch: numbers of images, and only one of -n and --each")
     network = load_network(checkpoint, device, **changes)
     model, names = network.model, network.names
@@ -1048,14 +1055,15 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     note_settings(out, network, seed=seed, series=series)
     if model.config.compile == "on" or sum(counts) >= 1000:  # compiling takes longer than a few images do
         model = compiled(model)
-    jobs = [(out / name / f"{i:05d}.png", (position, (seed, i) if series else (seed, i, round(position, 6))))
-            for (name, position), count in zip(wanted.items(), counts) for i in range(count)]
-    write_images(jobs, lambda inputs: draw_images(model, *zip(*inputs)), batch or network.batch())
+    files = {name: [out / name / f"{i:05d}.png" for i in range(n)] for name, n in zip(wanted, counts) if n}
+    jobs = [(file, (wanted[name], (seed, i) if series else (seed, i, round(wanted[name], 6))))
+            for name in files for i, file in enumerate(files[name])]
+    batch = batch or (16 if network.model.label.weight.device.type == "cpu" else 128)
+    write_images(jobs, lambda inputs: draw_images(model, *zip(*inputs)), batch)
     if RANK == 0:
-        columns = []
-        for name, count in zip(wanted, counts):
-            files = [out / name / f"{i:05d}.png" for i in range(min(count, 64 if len(wanted) == 1 else 8))]
-            columns += [(name, [read_square(file, model.config.size) for file in files])] if files else []
+        shown = 64 if len(files) == 1 else 8
+        columns = [(name, [read_square(file, model.config.size) for file in some[:shown]])
+                   for name, some in files.items()]
         if series:
             save_series(columns, out / "series.gif")
         if len(columns) == 1:  # one severity: a square of its images
@@ -1072,37 +1080,43 @@ def write_images(jobs: Sequence[tuple[Path, object]], draw: Callable, batch: int
     Files already there are kept. Batches are laid out over all jobs, so that an image shares its batch with
     the same others whatever is there already: not even its rounding changes.
     """
-    progress = Progress(len(jobs), "images")
+    progress = progress_of(len(jobs), "images")
     for first in range(RANK * batch, len(jobs), WORLD * batch):
         files, inputs = zip(*jobs[first : first + batch])
         if not all(file.exists() for file in files):
             for image, file in zip(draw(inputs), files):
                 if not file.exists():
                     save_picture(to_picture(image), file)
-        progress.show(min(first + WORLD * batch, len(jobs)))
+        progress(min(first + WORLD * batch, len(jobs)))
     wait()
+
+
+def must_be_ours(out: Path, file: str) -> None:
+    """Refuse a folder that holds something, but not the file that this program begins with."""
+    if out.is_dir() and not (out / file).exists() and any(path.name[0] != "." for path in out.iterdir()):
+        raise UserError(f"{out}: holds other files; choose another --out, or an empty one")
 
 
 def note_settings(out: Path, network: Network, **settings) -> None:
     """Keep images of different settings apart: OUT/sample.json says what the folder's were made with."""
     if RANK == 0:
-        settings["checkpoint"] = hashlib.sha256(network.file.read_bytes()).hexdigest()
+        settings["checkpoint"] = network.sha256
         for name in ("guidance", "eta", "sample_steps"):
             settings[name] = getattr(network.model.config, name)
         file, text = out / "sample.json", json.dumps(settings, indent=1)
         if file.exists() and file.read_text(errors="replace") != text:
             raise UserError(f"{out}: holds images of another checkpoint or other settings, see its "
                             "sample.json; delete it or choose another --out")
-        if not file.exists() and out.is_dir() and any(out.iterdir()):
-            raise UserError(f"{out}: holds other files; choose another --out, or an empty one")
+        must_be_ours(out, file.name)
         write_text(file, text)
     wait()
 
 
 def severities_of(names: list[str]) -> list[float]:
-    """The numbers in the names where these ascend, else 0, 1, ..."""
+    """The numbers in the names where these ascend, or descend, else 0, 1, ..."""
     numbers = by_number(set(names))
-    return list(numbers.values()) if list(numbers) == names else list(map(float, range(len(names))))
+    monotone = list(numbers) in (names, names[::-1])
+    return [numbers[name] for name in names] if monotone else list(map(float, range(len(names))))
 
 
 def parse_severities(text: str, names: list[str], flag: str = "--class") -> dict[str, float]:
@@ -1117,10 +1131,11 @@ def parse_severities(text: str, names: list[str], flag: str = "--class") -> dict
         severities = [round(first + i * step, 6) for i in range(count if count <= 1000 else 0)]
     except (ValueError, ArithmeticError):
         severities = []
-    if not severities or min(severities) < scale[0] or max(severities) > scale[-1]:
-        raise UserError(f"{flag} {text}: name one of {', '.join(names)}, a severity from {scale[0]:g} to "
-                        f"{scale[-1]:g}, or FIRST:LAST:STEP, as 0:3:0.25")
-    positions = np.interp(severities, scale, range(len(names))).tolist()
+    if not severities or min(severities) < min(scale) or max(severities) > max(scale):
+        raise UserError(f"{flag} {text}: name one of {', '.join(names)}, a severity from {min(scale):g} to "
+                        f"{max(scale):g}, or FIRST:LAST:STEP, as 0:3:0.25")
+    order = np.argsort(scale)
+    positions = np.interp(severities, np.take(scale, order), order).tolist()
     return {names[int(position)] if position.is_integer() else f"{severity:.10g}": position
             for severity, position in zip(severities, positions)}
 
@@ -1133,12 +1148,6 @@ def must_be_folder_names(names: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------- pictures
-
-
-def draw_sheet(model: UNet, names: list[str]) -> Image.Image:
-    """A sheet of samples: a column a class, the same starting noise along a row."""
-    keys = [(model.config.seed, row) for row in range(6)]
-    return sheet_of([(name, draw_images(model, [float(c)] * 6, keys)) for c, name in enumerate(names)])
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -1232,20 +1241,17 @@ def stop_signals():
 
     Under torchrun, which stops all processes together, they end the program at once.
     """
-    came, before = [], {}
+    came = []
 
     def note(number, frame):
         came.append(number)
         if len(came) > 2:  # launchers send one stop twice; a third ends at once
             raise KeyboardInterrupt
 
-    try:
+    with contextlib.ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM) if WORLD == 1 else ():
-            before[number] = signal.signal(number, note)
+            stack.callback(signal.signal, number, signal.signal(number, note))
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def say(line: str) -> None:
@@ -1254,20 +1260,20 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-class Progress:
-    """Says how far a long job is: after its first part, then every few seconds, later once a minute."""
+def progress_of(total: int, unit: str, done: int = 0) -> Callable:
+    """show(done, text) says how far a long job is: after its first part, then every few seconds, later once a
+    minute."""
+    first, begun, due = done, time.monotonic(), 0.0
 
-    def __init__(self, total: int, unit: str, done: int = 0):
-        self.total, self.unit, self.first, self.begun, self.next = total, unit, done, time.monotonic(), 0.0
+    def show(done: int, text: str = "") -> None:
+        nonlocal due
+        if done == total or time.monotonic() > due:
+            seconds = time.monotonic() - begun
+            due = time.monotonic() + min(3 + seconds / 10, 60)
+            left = timedelta(seconds=round((total - done) * seconds / (done - first)))
+            say(f"{done:,}/{total:,} {unit}{text}  {left} left")  # as 2 days, 3:04:05
 
-    def show(self, done: int, text: str = "") -> bool:
-        """Whether it was time to say it."""
-        if said := done == self.total or time.monotonic() > self.next:
-            seconds = time.monotonic() - self.begun
-            self.next = time.monotonic() + min(3 + seconds / 10, 60)
-            left = timedelta(seconds=round((self.total - done) * seconds / (done - self.first)))
-            say(f"{done:,}/{self.total:,} {self.unit}{text}  {left} left")  # as 2 days, 3:04:05
-        return said
+    return show
 
 
 # ------------------------------------------------------------------------------ command line
@@ -1349,7 +1355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.pop("command") == "sample":
         return status_of("odm.py", partial(sample, **args))
     preset = args.pop("preset", "paper" if args.get("data") else "small")
-    return status_of("odm.py", partial(train, Config(**{**(SMALL if preset == "small" else {}), **args})))
+    return status_of("odm.py", partial(train, Config(**(SMALL if preset == "small" else {}) | args)))
 
 
 def status_of(program: str, run: Callable) -> int:

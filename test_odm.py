@@ -489,7 +489,7 @@ def test_line_refuses_what_it_does_not_understand(run, graded, tmp_path, capsys,
         "only with move": ["read", graded, "--at", "1", *net],
         "absent.png": ["read", "absent.png", *net],
         "empty: no images in it": ["read", graded, "empty", *net],
-        "absent.csv: no such": ["read", "absent.csv", *net],
+        "absent.csv: no folder of images": ["read", "absent.csv", *net],
         "--batch: must be from 1": ["read", graded, "--batch", "0", *net],
         "--seed: must be from 0": ["read", graded, "--seed", str(2**63), *net],
         "none.pt: no whole checkpoint": ["read", graded, "--checkpoint", "none.pt"],
@@ -649,11 +649,12 @@ def test_held_out_is_the_loss_on_unseen_images(graded, tmp_path, capsys):
     assert turn < len(rows) - 3 and rows["held_out"][-1] > 1.05 * rows["held_out"][turn]
     assert rows["dm"][-3:].mean() < 0.8 * rows["dm"][turn]
 
-    # The last row by a loop: one image of each class in turn, at t from 1 to T, eps of one generator.
+    # The last row by a loop: images of all classes alike, at t from 1 to T, eps of one generator.
     model = odm.load_network(out, "cpu").model
     images, labels, _ = odm.load_images(unseen, 8)
-    assert held_out_classes(labels) == [3, 31, 30] or held_out_classes(labels) == [3, 30, 31]
-    chosen = chosen_of(labels)
+    weights = 1 / labels.bincount()[labels]
+    chosen = weights.multinomial(64, generator=torch.Generator().manual_seed(0))
+    assert (labels[chosen].bincount() - torch.tensor([3, 30, 30])).abs().max() < 5
     eps = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     alpha_bar, losses = odm.alpha_bars(settings()), []
     for n, i in enumerate(chosen):
@@ -664,21 +665,6 @@ def test_held_out_is_the_loss_on_unseen_images(graded, tmp_path, capsys):
         losses.append((estimate[0] - eps[n]).square().mean().item())
     assert np.mean(losses) == pytest.approx(rows["held_out"][-1], rel=1e-4)
     assert "held_out" not in (odm.train(settings(graded, tmp_path / "b")) / "metrics.csv").read_text()
-
-
-def chosen_of(labels):
-    """The 64 images that stand for a held-out set, by a loop: shuffled, one of each class, then another."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
-    heaps = [[i for i in shuffled if labels[i] == c] for c in range(3)]
-    chosen = []
-    while len(chosen) < 64:
-        firsts = [heap.pop(0) for heap in heaps if heap]
-        chosen += sorted(firsts, key=shuffled.index)
-    return chosen[:64]
-
-
-def held_out_classes(labels):
-    return labels[chosen_of(labels)].bincount().tolist()
 
 
 def test_held_out_images_are_others_of_the_same_classes(graded, tmp_path, capsys):
@@ -824,9 +810,11 @@ INPUTS = [
      "0 2, 1 1; 1 images without a class, as b.png"),
     ("names", "mild/a.png|severe/a.png|x/mild/b.png|other/c.png", "", "--order=mild,severe",
      "mild 2, severe 1; 1 images without a class, as other/c.png"),
-    ("names without order", "mild/a.png|severe/a.png", "", "", "!mild, severe: no classes in a plain order"),
-    ("a mistyped order", "mild/a.png|severe/a.png", "", "--order=mild,grave", "!there are: mild, severe"),
-    ("a name twice", "a/a.png|b/a.png", "", "--order=a,b,a", "!name each class once"),
+    ("names without order", "mild/a.png|severe/a.png", "", "",
+     "!mild, severe: not two or more classes in a plain order"),
+    ("a mistyped order", "mild/a.png|severe/a.png", "", "--order=mild,grave",
+     "!--order mild,grave must name each class once, of mild, severe"),
+    ("a name twice", "a/a.png|b/a.png", "", "--order=a,b,a", "!must name each class once"),
     ("folders below classes", "0/left/a.png|1/left/a.png|1/right/b.png", "", "--order=0,1", "0 1, 1 2"),
     ("two levels", "KL 0/visit 1/a.png|KL 1/visit 2/a.png", "", "",
      "!numbered folders on two levels, visit 1, visit 2 below KL 0, KL 1"),
@@ -838,10 +826,14 @@ INPUTS = [
      "00000 1, 00001 1; files not read: .json 1"),
     ("other suffixes", "0/a.png|1/a.png|2/a.jfif|2/b.jfif|3/a.dcm", "", "",
      "0 1, 1 1; files not read: .jfif 2, .dcm 1"),
-    ("runs, samples, hidden", "0/a.png|1/a.png|runs/2/checkpoint.pt|runs/2/sheet.png|samples/x/sample.json|"
-     "samples/x/3/a.png|.hidden/4/a.png", "", "", "0 1, 1 1"),
+    ("another checkpoint.pt", "0/a.png|1/a.png|1/checkpoint.pt|.hidden/4/a.png", "", "",
+     "0 1, 1 1; files not read: .pt 1"),
+    ("decimals", FIVE, table("000;2,50 001;2.5 002;02 003;+1 004;1", "image;level"), "t.csv",
+     "1 2, 2 1, 2.5 2"),
+    ("line ends of old", FIVE, table().replace(b"\n", b"\r"), "t.csv", "0 2, 1 1, 2 2"),
+    ("a column twice", FIVE, table("000,1,2", "image,level,level"), "t.csv", "!no columns image,level or"),
     ("a CSV that is not named", "0/000.png|1/001.png", table(), "", "0 1, 1 1; files not read: .csv 1"),
-    ("no classes but a CSV", FIVE, table(), "", "!name a CSV of grades itself, as .*t.csv"),
+    ("no classes but a CSV", FIVE, table(), "", "!or name a CSV of grades, as --data FILE.csv"),
     ("a CSV", FIVE.replace("000", "x/000") + "|unlisted.png", table(), "t.csv",
      "0 2, 1 1, 2 2; 1 images without a class, as unlisted.png"),
     ("other columns", FIVE + "|e.json", table(header="Path, Mayo Score "), "t.csv|--columns=path,mayo score",
@@ -873,8 +865,8 @@ INPUTS = [
     ("a second grade", FIVE, table(ROWS + " 000.png,1"), "t.csv", "!000.png a second grade"),
     ("a quote without end", FIVE, b'image,level\n"' + 200_000 * b"x", "t.csv", "!t.csv: not readable as"),
     ("an empty CSV", FIVE, b"\n", "t.csv", "!t.csv: no columns"),
-    ("no image", "a.jfif", table(), "t.csv", "!no images in it .*.jfif 1"),
-    ("one class", "0/a.png|0/b.png", "", "", "!1 folders or grades, 0: no classes"),
+    ("no image", "a.jfif", table(), "t.csv", "!data, the folder of t.csv, holds no images .*.jfif 1"),
+    ("one class", "0/a.png|0/b.png", "", "", "!1 folders or grades, 0: not two or more classes"),
 ]
 
 
@@ -892,6 +884,16 @@ def test_classes_are_found_or_refused(files, content, flags, expected, tmp_path,
     else:
         odm.find_images(given, **dict(flag[2:].split("=", 1) for flag in named))
         assert capsys.readouterr().out == f"{given}: {expected}\n"
+
+
+def test_runs_and_samples_of_this_program_are_passed_over(tmp_path, capsys):
+    tree(tmp_path, "0/a.png|1/a.png|runs/2/checkpoint.pt|runs/2/metrics.csv|runs/2/sheet.png|x/sample.json|"
+         "x/3/a.png")
+    odm.find_images(tmp_path)
+    *passed, summary = capsys.readouterr().out.splitlines()
+    assert summary == f"{tmp_path}: 0 1, 1 1" and sorted(passed) == [
+        f"{tmp_path / name}: passed over, a run or samples of odm.py" for name in ("runs/2", "x")]
+    assert [path.name for path in odm.list_files(tmp_path / "x")] == ["a.png", "sample.json"]
 
 
 def test_the_grade_of_a_row_goes_to_its_image(tmp_path):
@@ -956,6 +958,13 @@ def test_pixels_are_read_right(tmp_path):
     hidden.putpixel((1, 0), (200, 100, 50, 0))
     assert pixels(hidden, "hidden.png").tolist() == [[[200, 100, 50], [0, 0, 0]]]
     assert pixels(hidden.convert("LA"), "grey.png")[0, 1].tolist() == [0, 0, 0]
+    with pytest.raises(odm.UserError, match="stack.tif.*2 pictures in one file"):
+        pixels(turned, "stack.tif", save_all=True, append_images=[turned])
+    sixteen.save(tmp_path / "negative.tif")
+    content, black_is_0 = (tmp_path / "negative.tif").read_bytes(), struct.pack("<HHIH", 262, 3, 1, 1)
+    (tmp_path / "negative.tif").write_bytes(content.replace(black_is_0, struct.pack("<HHIH", 262, 3, 1, 0)))
+    with pytest.raises(odm.UserError, match="negative.tif.*white is 0"):
+        odm.read_image(tmp_path / "negative.tif")
     profile = np.random.default_rng(0).bytes(3_000_000)
     assert pixels(turned, "profile.png", icc_profile=profile).shape == (2, 4, 3)
 
@@ -1062,6 +1071,7 @@ def test_severities_on_the_command_line():
     assert parse("1", ("0", "2")) == {"1": 0.5}  # between two classes, by their severities
     assert parse("-0.5", ("-1", "0", "1")) == {"-0.5": 0.5}
     assert parse("1", ("none", "mild", "grave")) == {"mild": 1.0}
+    assert parse("0:2:1.5", ("2", "1", "0")) == {"0": 2.0, "1.5": 0.5}  # a scale on which 0 is the worst
     for wrong in ("0", "4", "Mayo 4", "1:2:0", "3:1:1", "1:2:3:4", "1:3", "nan", "", "1:nan:1", "1:3:1e-9"):
         with pytest.raises(odm.UserError, match="--class"):
             parse(wrong)
@@ -1078,24 +1088,27 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
     (slash / "t.csv").write_bytes(table("a,0/3 b,1/3"))
     train, sample = train_flags(data=graded, out="x"), ["sample", "--checkpoint", run]
     for expected, argv in {
-        "absent: no such folder or CSV": [*train, "--data", "absent"],
-        "file: no such folder or CSV": [*train, "--data", "file"],
-        "no images in it": [*train, "--data", "empty"],
+        "absent: no folder of images and no CSV": [*train, "--data", "absent"],
+        "file: no folder of images and no CSV": [*train, "--data", "file"],
+        "empty holds no images": [*train, "--data", "empty"],
         "1_0.png: not readable": [*train, "--data", broken],
         "--size 7": [*train, "--size", "7"],
         "--ch: must be a multiple of 4 and of --groups": [*train, "--groups", "3"],
         "--triplets: invalid choice": [*train, "--triplets", "A\nB"],
         "--triplet-part -1.0: must be from": [*train, "--triplet-part", "-1"],
         "--ema (there 0.9999, now 0.5)": [*train, "--out", run, "--ema", "0.5"],
-        "--held-out (there , now ": [*train, "--out", run, "--held-out", foreign],
-        "metrics.csv: cannot be written": [*train, "--out", "file"],
+        "metrics.csv: not as train with these flags": [*train, "--out", run, "--held-out", foreign],
+        ".writable: cannot be written": [*train, "--out", "file"],
+        "foreign: holds other files": [*train, "--out", foreign],
+        "--data (there": [*train, "--out", run, "--data", foreign],
+        "has another --groups": [*train, "--groups", "4", "--init", run],
         f"{run / 'checkpoint.pt'}: no whole checkpoint": [*train, "--ch", "16", "--init", run],
         "--columns image,level: names two columns": [*train, "--columns", "image,level"],
         "--columns score: names two columns": [*train, "--data", slash / "t.csv", "--columns", "score"],
         "'0/3' cannot be the name of a folder": [*train, "--data", slash / "t.csv", "--order", "0/3,1/3"],
         "a severity from 0 to 3": [*sample, "--class", "4"],
         "none.pt: no whole checkpoint": ["sample", "--checkpoint", "none.pt"],
-        "foreign: holds other files": [*sample, "--out", foreign],
+        "foreign: holds other files;": [*sample, "--out", foreign],
         "-n, --each, --batch: numbers of images": [*sample, "--each", "-1"],
         "--device nonsense:": [*sample, "--device", "nonsense"],
     }.items():

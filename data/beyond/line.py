@@ -68,11 +68,11 @@ def moved(model: odm.UNet, images: Tensor, own: Tensor, positions: Tensor) -> Te
 
 def positions_of(network: odm.Network, images: Tensor, seed: int = 0, batch: int = 16) -> Tensor:
     """read_position of images (N, 3, H, W) uint8, a batch at a time: (N,), on the CPU."""
-    model, found, progress = network.model, [], odm.Progress(len(images), "severities read")
+    model, found, progress = network.model, [], odm.progress_of(len(images), "severities read")
     alpha_bar = odm.alpha_bars(model.config).to(model.label.weight.device)
     for part in images.split(batch):
         found += read_position(model, odm.to_unit(part.to(alpha_bar.device)), alpha_bar, seed)
-        progress.show(len(found))
+        progress(len(found))
     return torch.stack(found)
 
 

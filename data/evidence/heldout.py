@@ -27,12 +27,12 @@ ALIKE = ("classes", "size", "crop", "timesteps", "beta_1", "beta_T")  # so must 
 
 
 @torch.no_grad()
-def losses(network: odm.Network, images: Tensor, labels: Tensor, draws: int = 2, batch: int = 0) -> dict:
+def losses(network: odm.Network, images: Tensor, labels: Tensor, draws: int = 2, batch: int = 16) -> dict:
     """L_DM of images (N, 3, H, H) uint8, at a random t of each of 10 * draws parts of 1..T: {band: (N,)}."""
     device, T, count = network.model.label.weight.device, network.model.config.timesteps, 10 * draws
     alpha_bar = odm.alpha_bars(network.model.config).to(device)
-    found, progress = [], odm.Progress(len(images), "images measured")
-    for some in torch.arange(len(images)).split(max(1, (batch or network.batch()) // count)):
+    found, progress = [], odm.progress_of(len(images), "images measured")
+    for some in torch.arange(len(images)).split(max(1, batch // count)):
         rngs = [torch.Generator().manual_seed(odm.seed_of("held-out", number)) for number in some.tolist()]
         place = [torch.arange(count) + torch.rand(count, generator=rng, dtype=torch.float64) for rng in rngs]
         t = 1 + (torch.cat(place) * T / count).long().to(device)
@@ -41,7 +41,7 @@ def losses(network: odm.Network, images: Tensor, labels: Tensor, draws: int = 2,
         x_t = odm.q_sample(odm.to_unit(images[image]).to(device), t, eps, alpha_bar)
         loss = odm.dm_loss(eps, network.model(x_t, t, labels[image].to(device)))
         found.append(loss.double().cpu().view(-1, count))
-        progress.show(int(some[-1]) + 1)
+        progress(int(some[-1]) + 1)
     loss = torch.cat(found).numpy()
     return {f"{T * a // 10 + 1}-{T * b // 10}": loss[:, a * draws : b * draws].mean(1) for a, b in BANDS}
 
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--draws", type=int, default=2, choices=range(1, 11), metavar="N", help="t in each tenth of 1..T [2]")
     add("--order", default="", help="as of train")
     add("--columns", default="", help="as of train")
-    add("--batch", type=int, default=0, help="rows of the network at once [16 on a CPU, else 128]")
+    add("--batch", type=int, default=16, help="rows of the network at once [16]")
     add("--device", default="auto", help="cpu, cuda, ... [the GPU if there is one]")
     add("--json", dest="file", default="", metavar="FILE", help="write the tables there, too")
     return odm.status_of("heldout.py", lambda: run(**vars(parser.parse_intermixed_args(argv))))
