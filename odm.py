@@ -588,11 +588,11 @@ def read_image(path: str | Path) -> Image.Image:
                 raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16")
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's, with its preview
                 raise ValueError(f"{image.n_frames} pictures in one file; save the graded one alone")
+            if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0:
+                raise ValueError("white is 0 in it; save it with black as 0")
             sixteen_bits = image.mode.startswith("I;16") or ";16" in str(image.tile)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # converting to RGB would clip it
-                if getattr(image, "tag_v2", {}).get(262) == 0:
-                    raise ValueError("white is 0 in it; save it with black as 0")
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # as Pillow cuts colours
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
