@@ -208,11 +208,11 @@ embedding() { # other first standard deviations of the class embedding than odm.
             done
         done
         python data/evidence/severity.py runs/emb-demo-$std-* $each
-        python data/evidence/severity.py --leaves runs/emb-leaf-$std-* $each
+        python data/evidence/severity.py --leaves runs/emb-leaf-$std-* ${each:---each 32}
     done
     for seed in $seeds; do
-        python data/evidence/heldout.py runs/emb-demo-{1,0.3,0.1,0.02}-"$seed" data/demo-test
-        python data/evidence/heldout.py runs/emb-leaf-{1,0.3,0.1,0.02}-"$seed" data/leaf-test
+        python data/evidence/heldout.py runs/emb-demo-{1,0.3,0.1,0.02}-"$seed" data/demo-test --draws 1
+        python data/evidence/heldout.py runs/emb-leaf-{1,0.3,0.1,0.02}-"$seed" data/leaf-test --draws 1
     done
 }
 
@@ -228,11 +228,11 @@ preset() { # other learning rates, batch and decay of the small preset
     done
 }
 
-memorise() { # 12 leaves of each severity for long: dm goes on falling, held_out turns
+memorise() { # three leaves of each severity for long: dm goes on falling, held_out turns
     leaves
-    pick data/leaf 12 data/leaf-60 64 each
-    train leaf-60 --data data/leaf-60 --held-out data/leaf-test --size 16 --steps $((15 * steps / 4))
-    python data/evidence/heldout.py runs/leaf-60 data/leaf-test --trained-on data/leaf-60
+    pick data/leaf 3 data/leaf-15 64 each
+    train leaf-15 --data data/leaf-15 --held-out data/leaf-test --size 16 --attention 4 --decay 0 \
+        --log-every 250 --steps $((15 * steps / 4))
 }
 
 for part in "${@:?name parts, as in the first lines}"; do
