@@ -1058,7 +1058,7 @@ def test_the_bundled_checkpoint_samples_rising_severity(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no runs here
     out = odm.sample(severity="0:3:3", each=5, sample_steps=20)
     assert out == Path("samples/data-demo-4800-series") and DEMO.stat().st_size < 3e6
-    for name, median in (("Mayo 0", 0.25), ("Mayo 3", 2.87)):  # of real drawings
+    for name, median in (("Mayo 0", 0.25), ("Mayo 3", 2.87)):  # of true frames
         images = [np.array(Image.open(p)).transpose(2, 0, 1) for p in (out / name).glob("*.png")]
         assert abs(np.median(demo.measure(np.stack(images))) - median) < 0.5
 
@@ -1272,12 +1272,12 @@ def test_a_set_is_whole_and_left_alone_or_is_not_there(tmp_path, monkeypatch):
     for n, seed, size in ((16, 0, 16), (17, 1, 16), (17, 0, 32)):
         with pytest.raises(FileExistsError, match="delete it"):
             demo.make(tmp_path / "set", n, seed, size)
-    Image.new("RGB", (16, 16)).save(tmp_path / "set" / "Mayo 3" / "0000.png")  # another drawing
+    Image.new("RGB", (16, 16)).save(tmp_path / "set" / "Mayo 3" / "0000.png")  # another frame
     with pytest.raises(FileExistsError, match="delete it"):
         demo.make(tmp_path / "set", 17, size=16)
 
 
-def test_command_line_of_the_drawings(tmp_path, capsys):
+def test_command_line_of_the_synthetic_frames(tmp_path, capsys):
     argv = ["--out", str(tmp_path / "set"), "-n", "16", "--size", "16"]
     assert demo.main(argv) == 0 and "Mayo 0 9" in capsys.readouterr().out
     for words in ("-n 3", "--size 8", "--seed -1", "-n many", f"--out {tmp_path}"):

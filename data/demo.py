@@ -1,10 +1,10 @@
-"""Draws the embedded data set: frames in the style of LIMUC's, with a KNOWN severity behind each of them.
+"""Makes the synthetic frames: in the style of LIMUC's, with a KNOWN severity behind each of them.
 
     python data/demo.py                                # 1,100 frames into data/demo
     python data/demo.py -n 5000 --seed 1 --out fresh   # a reference: same distribution, other frames
     python data/demo.py --check                        # how well measure() reads the severity back
 
-These are drawings, not medical images: they imitate how a colon with ulcerative colitis looks through
+They are computed, not medical images: they imitate how a colon with ulcerative colitis looks through
 an endoscope just well enough to try an ordinal method on. Train nothing clinical on them.
 
 Every frame has a severity s in [0, 3]; its grade, the folder "Mayo 0" to "Mayo 3", is s rounded. All
@@ -201,7 +201,7 @@ def measure(images: np.ndarray) -> np.ndarray:
     redness is its median over the lit pixels, blood and ulcer are the shares of them far above and far
     below the median. The numbers are a least-squares fit to drawn, blurred and noisy frames. Vessels stay
     out: the faint noise of a generated image would pass for them. Nothing is clipped, so an image unlike
-    any drawing may leave [0, 3]. On fresh frames, as many of each grade, the mean absolute error is
+    any frame may leave [0, 3]. On fresh frames, as many of each grade, the mean absolute error is
     0.14 and the correlation 0.99 at 32x32 and at 64x64; `--check` shows it."""
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 16 or images.dtype != np.uint8:
