@@ -325,7 +325,7 @@ class Config:
     triplets: str = setting("labels", "labels: one x_t under three labels (ours, after Fig. 2); images: "
                             "three images, with one noise (Eqs. 4 to 7 as printed)",
                             choices=("labels", "images"))
-    triplet_part: float = setting(0.125, "triplets a step, as a part of its images (ours: speed)", 1e-6, 1.0)
+    triplet_part: float = setting(0.125, "triplets, as a part of a process's images; at least one", 1e-6, 1.0)
     distance: str = setting("euclidean", "d of Eq. 6; squared: as printed, which contradicts Eq. 7",
                             choices=("euclidean", "squared"))
     balance: str = setting("data", "how often each class is taken: as in the data (Eq. 3) or evenly",
