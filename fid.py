@@ -265,7 +265,8 @@ class ImageSet:
         else:
             pixels = (np.array(odm.read_image(path)) for path in self.paths)
             images = (torch.from_numpy(image).permute(2, 0, 1) for image in pixels)
-        return features(images, network, batch_size, odm.progress_of(len(self.paths), f"images of {self.name}"))
+        progress = odm.progress_of(len(self.paths), f"images of {self.name}")
+        return features(images, network, batch_size, progress)
 
 
 def find_real(data: str, order: str, columns: str) -> tuple[ImageSet, list[str]]:
