@@ -265,8 +265,7 @@ class ImageSet:
         else:
             pixels = (np.array(odm.read_image(path)) for path in self.paths)
             images = (torch.from_numpy(image).permute(2, 0, 1) for image in pixels)
-        progress = odm.progress_of(len(self.paths), f"images of {self.name}")
-        return features(images, network, batch_size, progress)
+        return features(images, network, batch_size, odm.progress_of(len(self.paths), f"of {self.name}"))
 
 
 def find_real(data: str, order: str, columns: str) -> tuple[ImageSet, list[str]]:
