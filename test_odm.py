@@ -41,6 +41,7 @@ import fid
 import heldout
 import line
 import odm
+import plane
 import retina
 import severity
 import usefulness
@@ -1390,6 +1391,24 @@ def test_heldout_program(run, graded, tmp_path, capsys):
     for argv, hint in (([run, file, unseen], "beta_T"), ([run, graded, "--trained-on", graded], "20 of its"),
                        ([run, unseen, "--order", "Mayo 1,Mayo 0"], "['Mayo 1',")):
         assert hint in error_of(capsys, heldout.main, *argv)
+
+
+def test_plane_keeps_the_mean_square_distances_between_classes(run, graded, tmp_path, capsys):
+    """Estimates made of known points: each image turns them its own way and adds something of its own."""
+    points = np.array([[0.0, 0], [1, 2], [2, -1], [5, 1]])
+    eps_hat = noise(6, 1, 12, dtype=torch.float64).repeat(1, 4, 1)
+    for i, image in enumerate(eps_hat):
+        turned, _ = torch.linalg.qr(noise(12, 2, seed=i, dtype=torch.float64))
+        image += (1 + i % 2) * torch.from_numpy(points) @ turned.T  # at once and twice the size
+    found, share = plane.principal_coordinates(eps_hat.view(6, 4, 3, 2, 2))
+    expected = np.linalg.norm(points[:, None] - points, axis=2) * math.sqrt(2.5 / 12)
+    assert max_error(np.linalg.norm(found[:, None] - found, axis=2), expected) < 1e-9
+    assert found[-1, 0] > found[0, 0]
+    spread = np.linalg.svd(points - points.mean(0))[1] ** 2
+    assert abs(share - spread[0] / spread.sum()) < 1e-9
+    assert plane.main([str(run), str(DEMO), str(graded), "--out", str(tmp_path / "plane.png")]) == 0
+    assert Image.open(tmp_path / "plane.png").size == (800, 400)
+    assert len(re.findall(r": \d+% along one line, straightness 0\.\d\d; points", capsys.readouterr().err)) == 2
 
 
 def test_leaf_severity_is_the_diseased_share_of_the_leaf():

@@ -4,8 +4,8 @@
     python data/evidence/severity.py --leaves runs/leaf-odm-*    # coffee leaves: the diseased part of a leaf
     python data/evidence/severity.py data/demo.pt --picture data/moved.png    # given, read, moved, truth
 
-A row for each network, then mean and standard deviation; above them what they compare with. Of leaves there
-are the first three numbers. Samples go to samples/RUN-..., and what is there already is kept.
+A row for each network, then mean and standard deviation; above them what they compare with. Of leaves, and
+with --brief, there are the first three numbers. Samples go to samples/RUN-..., and what is there already is kept.
 
     shown   mean severity of samples at each class, one noise a row, by demo.measure or leaf_severity
     median  of the same
@@ -138,14 +138,14 @@ def moved(checkpoint: Path, each: int, out: Path) -> dict:
     return {"moved": errors}
 
 
-def row(checkpoint: Path, leaves: bool, each: int, changes: dict) -> dict:
+def row(checkpoint: Path, leaves: bool, brief: bool, each: int, changes: dict) -> dict:
     """All numbers of one network."""
     run = checkpoint.stem if checkpoint.is_file() else checkpoint.name
     name = "-".join([run, *(f"{key}-{value:g}" for key, value in changes.items())])
     asked, measure = ("0:4:1", leaf_severity) if leaves else ("0:3:1", demo.measure)
     severities = shown(checkpoint, asked, each, measure, name, changes)
     numbers = drawn(severities.T) | {"rising": (np.diff(severities, axis=1) > 0).mean()}
-    if leaves:
+    if leaves or brief:
         return numbers
     series = shown(checkpoint, "0:3:0.25", each // 2, measure, f"{name}-series", changes).mean(0)
     errors = moved(checkpoint, each // 2, Path(f"samples/{run}-moved"))
@@ -194,7 +194,9 @@ def draw_picture(checkpoint: Path, file: Path) -> None:
     odm.save_picture(odm.sheet_of(list(large.items())), file)
 
 
-def evaluate(checkpoints: list[Path], leaves: bool, each: int, picture: Path | None, **changes) -> None:
+def evaluate(
+    checkpoints: list[Path], leaves: bool, brief: bool, each: int, picture: Path | None, **changes
+) -> None:
     """Print all rows."""
     if picture:
         return draw_picture(checkpoints[0], picture)
@@ -204,10 +206,11 @@ def evaluate(checkpoints: list[Path], leaves: bool, each: int, picture: Path | N
     data, measure = (DATA / "leaf", leaf_severity) if leaves else (DATA / "demo", demo.measure)
     if not leaves:
         demo.make(data)
+    if not (leaves or brief):
         without_a_network(each, data)
     images, labels, _ = odm.load_images(data, size)
     show("trained on", drawn([measure(images[labels == c].numpy()) for c in labels.unique()]))
-    rows = [row(path, leaves, each, changes) for path in checkpoints]
+    rows = [row(path, leaves, brief, each, changes) for path in checkpoints]
     for path, numbers in zip(checkpoints, rows):
         show(path.name, numbers)
     if len(rows) > 1:
@@ -221,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     add("--leaves", action="store_true", help="the networks were trained on data/leaf, coffee leaves")
+    add("--brief", action="store_true", help="only what samples show at each class")
     add("--each", type=int, default=0, help="samples of each class; off to moved take half [24, leaves 64]")
     add("--picture", type=Path, metavar="FILE.png", help="draw this instead, for one network")
     add("--guidance", type=float, default=argparse.SUPPRESS, metavar="S", help="of the samples [the run's]")
