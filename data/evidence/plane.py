@@ -2,10 +2,9 @@
 
     python data/evidence/plane.py runs/leaf-dm runs/leaf-odm data/leaf-test --out data/evidence/plane.png
 
-For each network, a panel: its classes as points, whose distances are the root mean square distances between
-its estimates of the same x_t, t = T / 2, under each class, over up to 64 of the images. The points are the two
-principal coordinates of the classes. Below the panel stands the share of the spread that lies along the first
-of them, and the straightness of odm.py. All panels have the same scale.
+A panel for each network, all of one scale. A point is a class; it stands where the network's estimates of the
+noise in x_t under that class lie, in the plane of their two principal directions (t = T / 2, mean over up to
+64 of the images). Below stand the share of the spread along the first direction, and odm.py's straightness.
 """
 
 import argparse
@@ -40,8 +39,8 @@ def estimates(network: odm.Network, images: Tensor) -> Tensor:
 def principal_coordinates(eps_hat: Tensor) -> tuple[np.ndarray, float]:
     """Estimates (N, C, ...) as points (C, 2), the last class to the right, and the first coordinate's share.
 
-    Inner products of the differences from the mean over classes, per entry and averaged over images, are those
-    of points with the same mean square distances (classical scaling); the two largest directions are kept.
+    The inner products of the differences from the mean over classes are averaged over entries and images. They
+    are those of points with the same mean square distances (classical scaling), of which two directions stay.
     """
     x = (eps_hat - eps_hat.mean(1, keepdim=True)).flatten(2).double()
     inner = torch.einsum("ncd,nkd->ck", x, x) / (x.shape[0] * x.shape[2])
@@ -78,8 +77,9 @@ def run(checkpoints: list[str], data: str, out: Path) -> None:
         points, share = principal_coordinates(eps_hat)
         straight = odm.straightness(eps_hat).mean()
         title = f"{'ODM' if config.ordinal else 'DM'} ({network.name})"
-        rows.append((title, network.names, points, f"{share:.0%} along one line, straightness {straight:.2f}"))
-        odm.say(f"{checkpoint}: {rows[-1][-1]}; points {points.round(4).tolist()}")
+        note = f"{share:.0%} along one line, straightness {straight:.2f}"
+        rows.append((title, network.names, points, note))
+        odm.say(f"{checkpoint}: {note}; points {points.round(4).tolist()}")
     odm.save_picture(draw(rows), out)
 
 

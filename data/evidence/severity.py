@@ -5,7 +5,7 @@
     python data/evidence/severity.py data/demo.pt --picture data/moved.png    # given, read, moved, truth
 
 A row for each network, then mean and standard deviation; above them what they compare with. Of leaves, and
-with --brief, there are the first three numbers. Samples go to samples/RUN-..., and what is there already is kept.
+with --brief, there are the first three numbers. Samples go to samples/RUN-..., what is there is kept.
 
     shown   mean severity of samples at each class, one noise a row, by demo.measure or leaf_severity
     median  of the same
