@@ -39,8 +39,8 @@ def estimates(network: odm.Network, images: Tensor) -> Tensor:
 def principal_coordinates(eps_hat: Tensor) -> tuple[np.ndarray, float]:
     """Estimates (N, C, ...) as points (C, 2), the last class to the right, and the first coordinate's share.
 
-    Inner products of the differences from the mean over classes, averaged over entries and images, are those of
-    points with the same mean square distances (classical scaling). Two directions of them are kept.
+    Inner products of the differences from the mean over classes, averaged over entries and images, are those
+    of points with the same mean square distances (classical scaling). Two directions of them are kept.
     """
     x = (eps_hat - eps_hat.mean(1, keepdim=True)).flatten(2).double()
     inner = torch.einsum("ncd,nkd->ck", x, x) / (x.shape[0] * x.shape[2])
