@@ -692,10 +692,29 @@ def grades_from_csv(file: Path, paths: Sequence[Path], columns: str) -> tuple[di
     return grade_of, unmatched
 
 
+def ordered_classes(names_of: Sequence[Sequence[str]], order: str, data: str | Path, hint: str) -> list[str]:
+    """The classes in ascending severity, of the names that each image could have, nearest first."""
+    names = [name.strip() for name in order.split(",")] if order else []
+    levels = [set(level) - {None} for level in itertools.zip_longest(*names_of)] or [set()]
+    there = set().union(*levels)
+    if len(there.intersection(names)) < len(names):
+        raise UserError(f"{data}: --order {order} must name each class once, of {some_of(there)}{hint}")
+    if not names and levels[0] and by_number(levels[0]) and any(
+            1 < len(level) <= 12 and by_number(level) for level in levels[1:]):
+        raise UserError(f"{data}: numbered folders on two levels, {some_of(levels[0])} below "
+                        f"{some_of(there - levels[0])}; name the classes with --order")
+    ranked = names or list(by_number(levels[0]))
+    if len(ranked) < 2 or (len(ranked) > 12 and not names):
+        raise UserError(f"{data}: {len(levels[0])} folders or grades, {some_of(levels[0])}: not two or more "
+                        f"classes in a plain order; name them with --order, in ascending severity{hint}")
+    must_be_folder_names(ranked)
+    return ranked
+
+
 def find_images(data: str | Path, order: str = "", columns: str = "") -> tuple[list, list, list]:
     """(paths, class index of each, class names in ascending severity) of a folder of class folders, or of a
     CSV and the images below its folder (data/README.md); says what it found, and what it passed over."""
-    given, names = Path(data), [name.strip() for name in order.split(",")] if order else []
+    given = Path(data)
     by_csv = given.is_file() and given.suffix.lower() in (".csv", ".tsv", ".txt")
     if not (given.is_dir() or by_csv):
         raise UserError(f"{data}: no folder of images and no CSV of grades (data/README.md says where to get "
@@ -716,21 +735,8 @@ def find_images(data: str | Path, order: str = "", columns: str = "") -> tuple[l
         names_of, unmatched = grades_from_csv(given, paths, columns)
     else:  # the folders above each image, nearest first
         names_of, unmatched = {path: path.relative_to(root).parts[-2::-1] for path in paths}, []
-    levels = [set(level) - {None} for level in itertools.zip_longest(*names_of.values())] or [set()]
-    there = set().union(*levels)
     hint = "; or name a CSV of grades, as --data FILE.csv" if others[".csv"] and not by_csv else ""
-    if len(there.intersection(names)) < len(names):
-        raise UserError(f"{data}: --order {order} must name each class once, of {some_of(there)}{hint}")
-    if not names and levels[0] and by_number(levels[0]) and any(
-            1 < len(level) <= 12 and by_number(level) for level in levels[1:]):
-        raise UserError(f"{data}: numbered folders on two levels, {some_of(levels[0])} below "
-                        f"{some_of(there - levels[0])}; name the classes with --order")
-    ranked = names or list(by_number(levels[0]))
-    if len(ranked) < 2 or (len(ranked) > 12 and not names):
-        raise UserError(f"{data}: {len(levels[0])} folders or grades, {some_of(levels[0])}: not two or more "
-                        f"classes in a plain order; name them with --order, in ascending severity{hint}")
-
-    must_be_folder_names(ranked)
+    ranked = ordered_classes(list(names_of.values()), order, data, hint)
     found = {path: [name for name in near if name in ranked] for path, near in names_of.items()}
     kept = [path for path in paths if found.get(path)]
     labels = [ranked.index(found[path][0]) for path in kept]
