@@ -1064,6 +1064,14 @@ def test_the_bundled_checkpoint_samples_rising_severity(tmp_path, monkeypatch):
         assert abs(np.median(demo.measure(np.stack(images))) - median) < 0.5
 
 
+def test_the_leaves_of_the_other_bundled_checkpoint_sicken(tmp_path):
+    how = dict(each=4, guidance=1.5, sample_steps=12, out=tmp_path / "leaves")
+    out = odm.sample(HERE / "data" / "leaf.pt", severity="0:4:4", **how)
+    healthy, sick = [severity.leaf_severity(odm.read_squares(sorted((out / c).iterdir()), size=64).numpy())
+                     for c in "04"]
+    assert np.median(healthy) < 0.02 and np.median(sick) > 0.05 and (sick > healthy).all()
+
+
 def test_severities_on_the_command_line():
     parse = lambda text, names=("Mayo 1", "Mayo 2", "Mayo 3"): odm.parse_severities(text, list(names))
     assert parse("3") == {"Mayo 3": 2.0} and parse("Mayo 2") == {"Mayo 2": 1.0}

@@ -35,7 +35,7 @@ for c in range(len(names) if each else 1):
 END
 }
 
-compared() { # FILE.json...: of heldout.py, one a seed; mean and standard deviation of the difference over seeds
+compared() { # FILE.json...: of heldout.py, one a seed; mean and deviation of the differences over seeds
     python - "$@" <<'END'
 import json, sys
 from pathlib import Path
@@ -47,11 +47,12 @@ for rows in zip(*seeds):
         for name in ("all", classes[-2]):  # and the last class
             found = numpy.array([row["difference"][name]["201-1000"][0] for row in rows])
             spread = found.std(ddof=1) if len(found) > 1 else numpy.nan
-            print(f"{rows[0]['network']}, {name}: {found.mean():+.1f} ± {spread:.1f} %, {found.round(1).tolist()}")
+            network, values = rows[0]["network"], found.round(1).tolist()
+            print(f"{network}, {name}: {found.mean():+.1f} ± {spread:.1f} %, {values}")
 END
 }
 
-grade() { # what helps a rare grade? On synthetic frames and leaves; SEEDS="0 1 2 3 4" for DM and ODM on leaves
+grade() { # what helps a rare grade? On synthetic frames and leaves
     leaves
     local set scale name
     for set in demo leaf; do
@@ -83,14 +84,19 @@ severities() { # demo or leaf, a scale, runs: what they show
     python data/evidence/severity.py $kind ${each:---each 32} --guidance "$2" "${@:3}"
 }
 
-leaf-64() { # data/leaf.pt
+leaf-64() { # data/leaf.pt, what it shows, and whether it copies
     leaves
     train leaf-64 --data data/leaf --held-out data/leaf-test $at64 --steps $((5 * steps / 2))
     ship runs/leaf-64 data/leaf.pt
+    for scale in 1 1.5 2; do
+        python data/evidence/severity.py data/leaf.pt --leaves ${each:---each 16} --guidance $scale
+    done
+    python odm.py sample --checkpoint data/leaf.pt -n 100 --guidance 1.5 --out samples/leaf-64
+    python data/beyond/usefulness.py data/leaf-test samples/leaf-64 $weights --trained-on data/leaf --dims 192
 }
 
 plane() { # Fig. 2 of the paper, measured; after part grade
-    python data/evidence/plane.py runs/grade-leaf-dm-0 runs/grade-leaf-odm-0 data/leaf-test --out data/plane.png
+    python data/evidence/plane.py runs/grade-leaf-{dm,odm}-0 data/leaf-test --out data/plane.png
 }
 
 synthetic() { # severities sampled, read and moved, where they are known
@@ -196,8 +202,8 @@ large() { # 64x64, the paper's size: radiographs
 }
 
 pictures() { # those of README and of this folder
-    python odm.py sample --checkpoint data/demo.pt --class 0:3:0.25 --each 5 --out samples/series
-    cp samples/series/series.gif data/series.gif
+    python odm.py sample --checkpoint data/leaf.pt --class 0:4:0.25 --each 5 --guidance 1.5 --out samples/rows
+    cp samples/rows/series.gif data/leaf.gif
     python data/evidence/severity.py data/demo.pt --picture data/moved.png
     python odm.py sample --checkpoint data/knee.pt --class 0:4:1 --each 3 --out samples/knee-sheet
     cp samples/knee-sheet/sheet.png data/knee.png
