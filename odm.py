@@ -373,7 +373,7 @@ class Config:
 
 # The small preset, for two cores and a few minutes: 32x32 images, 1.1 M parameters.
 SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(8,), groups=2, dropout=0.0, batch=8,
-             steps=1600, lr=2e-3, warmup=100, decay=0.5, ema=0.999, sample_steps=50, guidance=1.0, eta=1.0,
+             steps=1600, lr=2e-3, warmup=100, decay=0.5, ema=0.999, sample_steps=50, guidance=1.25, eta=1.0,
              save_every=200, sheet_every=800)
 
 

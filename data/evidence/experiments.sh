@@ -13,7 +13,7 @@ at64="--size 64 --ch-mult 1,2,2,2 --attention 16 --lr 1e-3" # the small preset a
 printed="--triplets images --distance squared --ordinal 3072" # Eq. 8 as printed
 
 train() { # NAME FLAGS...: trains runs/NAME, by another program than odm.py where `program` names one
-    python "${program:-odm.py}" train --preset small --steps "$steps" --out "runs/$1" "${@:2}"
+    python "${program:-odm.py}" train --preset small --guidance 1 --steps "$steps" --out "runs/$1" "${@:2}"
 }
 
 patched() { # NAME [NUMBER]: NAME/odm.py, as NAME.patch changes it, with NUMBER in place of the patch's 0.02
@@ -60,21 +60,18 @@ grade() { # what helps a rare grade? On synthetic frames and leaves
             local flags="--data data/$set --seed $seed"
             train "grade-$set-dm-$seed" $flags --ordinal 0
             train "grade-$set-odm-$seed" $flags
-            train "grade-$set-w10-$seed" $flags --ordinal 10
             train "grade-$set-uniform-$seed" $flags --ordinal 0 --balance uniform
-            python data/evidence/heldout.py runs/grade-$set-{dm,odm,w10,uniform}-$seed "data/$set-test" \
+            train "grade-$set-both-$seed" $flags --balance uniform
+            python data/evidence/heldout.py runs/grade-$set-{dm,odm,uniform,both}-$seed "data/$set-test" \
                 --json "samples/$set-heldout-$seed.json"
         done
         compared samples/$set-heldout-*.json
-        for name in dm odm w10 uniform; do
-            severities "$set" 1 runs/grade-$set-$name-*
-            severities "$set" 1.5 runs/grade-$set-$name-*
+        for name in dm odm uniform both; do
+            for scale in 1 1.25 1.5; do
+                severities "$set" "$scale" runs/grade-$set-$name-*
+            done
         done
-        for scale in 1.25 2; do
-            severities "$set" "$scale" runs/grade-$set-dm-*
-            severities "$set" "$scale" runs/grade-$set-odm-*
-        done
-        python fid.py "data/$set-test" samples/grade-$set-{dm,odm,w10,uniform}-*-guidance-1 $weights
+        python fid.py "data/$set-test" samples/grade-$set-{dm,odm,uniform,both}-*-guidance-1 $weights
     done
 }
 
