@@ -93,7 +93,11 @@ leaf-64() { # data/leaf.pt, what it shows, and whether it copies
 }
 
 plane() { # Fig. 2 of the paper, measured; after part grade
-    python data/evidence/plane.py runs/grade-leaf-{dm,odm}-0 data/leaf-test --out data/plane.png
+    for seed in $seeds; do
+        python data/evidence/plane.py runs/grade-leaf-{dm,odm}-$seed data/leaf-test \
+            --out samples/plane-$seed.png
+    done
+    cp samples/plane-0.png data/plane.png
 }
 
 synthetic() { # severities sampled, read and moved, where they are known
