@@ -267,7 +267,7 @@ embedding() { # other first standard deviations of the class embedding than odm.
 
 preset() { # other learning rates, batch and decay of the small preset
     leaves
-    for setting in lr=1e-3 lr=2e-3 lr=4e-3 "batch=16 --steps=$((11 * steps / 16))" decay=0 decay=1; do
+    for setting in lr=1e-3 lr=2e-3 lr=4e-3 "batch=16 --steps=$((11 * steps / 16))" decay=1; do
         for seed in ${SEEDS:-0 1}; do
             for set in demo leaf; do
                 train "preset-$set-${setting%% *}-$seed" --data "data/$set" --held-out "data/$set-test" \
@@ -275,6 +275,8 @@ preset() { # other learning rates, batch and decay of the small preset
             done
         done
     done
+    severities demo 1 runs/preset-demo-*
+    severities leaf 1 runs/preset-leaf-*
 }
 
 memorise() { # three leaves of each severity for long: dm goes on falling, held_out turns
