@@ -88,7 +88,7 @@ leaf-64() { # data/leaf.pt, what it shows, and whether it copies
     for scale in 1 1.5 2; do
         python data/evidence/severity.py data/leaf.pt --leaves ${each:---each 16} --guidance $scale
     done
-    python odm.py sample --checkpoint data/leaf.pt -n 100 --guidance 1.5 --out samples/leaf-64
+    python odm.py sample --checkpoint data/leaf.pt --each 20 --guidance 1.5 --out samples/leaf-64
     python data/beyond/usefulness.py data/leaf-test samples/leaf-64 $weights --trained-on data/leaf --dims 192
 }
 
