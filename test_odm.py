@@ -1414,7 +1414,7 @@ def test_plane_keeps_the_mean_square_distances_between_classes(run, graded, tmp_
     assert found[-1, 0] > found[0, 0]
     spread = np.linalg.svd(points - points.mean(0))[1] ** 2
     assert abs(share - spread[0] / spread.sum()) < 1e-9
-    assert plane.main([str(run), str(DEMO), str(graded), "--out", str(tmp_path / "plane.png")]) == 0
+    assert plane.main([str(run), str(run), str(graded), "--out", str(tmp_path / "plane.png")]) == 0
     assert Image.open(tmp_path / "plane.png").size == (800, 400)
     assert len(re.findall(r": \d+% along one line, straightness 0\.\d", capsys.readouterr().out)) == 2
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path += [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+import heldout
 import odm
 
 SIDE = 400  # pixels of a panel
@@ -67,16 +68,14 @@ def draw(rows: list[tuple[str, list[str], np.ndarray, str]]) -> Image.Image:
 
 
 def run(checkpoints: list[str], data: str, out: Path) -> None:
+    networks, [(images, _, _)] = heldout.load(checkpoints, [data], "cpu", order="", columns="")
+    chosen = images[torch.linspace(0, len(images) - 1, min(64, len(images))).round().long()]
     rows = []
-    for checkpoint in checkpoints:
-        network = odm.load_network(checkpoint, "cpu")
-        config = network.model.config
-        images, _, _ = odm.load_images(data, config.size, config.crop)
-        chosen = images[torch.linspace(0, len(images) - 1, min(64, len(images))).round().long()]
+    for checkpoint, network in zip(checkpoints, networks):
         eps_hat = estimates(network, chosen)
         points, share = principal_coordinates(eps_hat)
         straight = odm.straightness(eps_hat).mean()
-        title = f"{'ODM' if config.ordinal else 'DM'} ({network.name})"
+        title = f"{'ODM' if network.model.config.ordinal else 'DM'} ({network.name})"
         note = f"{share:.0%} along one line, straightness {straight:.2f}"
         rows.append((title, network.names, points, note))
         odm.say(f"{checkpoint}: {note}; points {points.round(4).tolist()}")

@@ -145,7 +145,7 @@ def row(checkpoint: Path, leaves: bool, brief: bool, each: int, changes: dict) -
     asked, measure = ("0:4:1", leaf_severity) if leaves else ("0:3:1", demo.measure)
     severities = shown(checkpoint, asked, each, measure, name, changes)
     numbers = drawn(severities.T) | {"rising": (np.diff(severities, axis=1) > 0).mean()}
-    if leaves or brief:
+    if brief:
         return numbers
     series = shown(checkpoint, "0:3:0.25", each // 2, measure, f"{name}-series", changes).mean(0)
     errors = moved(checkpoint, each // 2, Path(f"samples/{run}-moved"))
@@ -194,19 +194,19 @@ def draw_picture(checkpoint: Path, file: Path) -> None:
     odm.save_picture(odm.sheet_of(list(large.items())), file)
 
 
-def evaluate(
-    checkpoints: list[Path], leaves: bool, brief: bool, each: int, picture: Path | None, **changes
-) -> None:
+def evaluate(checkpoints: list[Path], leaves: bool, brief: bool, each: int, picture: Path | None,
+             **changes) -> None:
     """Print all rows."""
     if picture:
         return draw_picture(checkpoints[0], picture)
     each, size = each or (64 if leaves else 24), odm.load_network(checkpoints[0]).model.config.size
     if each < 2:
         raise odm.UserError(f"--each {each}: must be 2 or more")
+    brief = brief or leaves
     data, measure = (DATA / "leaf", leaf_severity) if leaves else (DATA / "demo", demo.measure)
     if not leaves:
         demo.make(data)
-    if not (leaves or brief):
+    if not brief:
         without_a_network(each, data)
     images, labels, _ = odm.load_images(data, size)
     show("trained on", drawn([measure(images[labels == c].numpy()) for c in labels.unique()]))
