@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The commands behind RESULTS.md and the pictures, in parts, each of which goes on where it was stopped:
-#     bash data/evidence/experiments.sh grade leaf-64 plane embedding preset memorise
+#     bash data/evidence/experiments.sh grade earnest epochs leaf-64 plane embedding preset memorise
 #     bash data/evidence/experiments.sh synthetic rivals rare knees settings large pictures
 # STEPS=4 EACH=4 N=40 SEEDS=0 tries a part quickly; do that in a clone of its own. data/README.md says where
 # the real images come from. OMP_NUM_THREADS=1 keeps a part to one core.
@@ -79,6 +79,50 @@ severities() { # demo or leaf, a scale, runs: what they show
     local kind=--brief
     [ "$1" = leaf ] && kind=--leaves
     python data/evidence/severity.py $kind ${each:---each 32} --guidance "$2" "${@:3}"
+}
+
+earnest() { # DM and ODM for longer, on leaves and on retinas
+    leaves
+    python data/retina.py
+    local set flags
+    for set in leaf retina; do
+        flags="--data data/$set --steps $((4 * steps))"
+        [ $set = leaf ] || flags+=" --size 28 --attention 7"
+        for seed in $seeds; do
+            train "earnest-$set-dm-$seed" $flags --seed "$seed" --ordinal 0
+            train "earnest-$set-odm-$seed" $flags --seed "$seed"
+            python data/evidence/heldout.py runs/earnest-$set-{dm,odm}-$seed "data/$set-test" \
+                --json "samples/earnest-$set-heldout-$seed.json"
+            for name in dm odm; do
+                python odm.py sample --checkpoint "runs/earnest-$set-$name-$seed" -n $((n < 400 ? n : 400)) \
+                    --out "samples/earnest-$set-$name-$seed"
+            done
+        done
+        compared samples/earnest-$set-heldout-*.json
+        python fid.py "data/$set-test" samples/earnest-$set-{dm,odm}-[0-9] $weights
+    done
+    severities leaf 1 runs/earnest-leaf-*
+}
+
+epochs() { # as the paper, which sees an image 567 times: 400 radiographs at 16x16, seen 560 times
+    pick data/knee 400 data/knee-few 16
+    pick data/knee-test 400 data/knee-few-test 16
+    local flags="--data data/knee-few --held-out data/knee-few-test --size 16 --attention 4"
+    local part now
+    for seed in ${SEEDS:-0 1}; do
+        for part in 16 8 4 2 1; do
+            now="--seed $seed --decay 0 --log-every 250 --steps $((35 * steps / 2 / part))"
+            train "epochs-dm-$seed" $flags $now --ordinal 0
+            train "epochs-odm-$seed" $flags $now
+            python data/evidence/heldout.py runs/epochs-{dm,odm}-$seed data/knee-few-test \
+                --trained-on data/knee-few --json "samples/epochs-heldout-$seed-$part.json"
+        done
+        for name in dm odm; do
+            python odm.py sample --checkpoint "runs/epochs-$name-$seed" -n 200 --out "samples/epochs-$name-$seed"
+        done
+    done
+    python data/beyond/usefulness.py data/knee-few-test samples/epochs-{dm,odm}-[0-9] $weights \
+        --trained-on data/knee-few --dims 192
 }
 
 leaf-64() { # data/leaf.pt, what it shows, and whether it copies
