@@ -17,10 +17,10 @@ Where the paper's equations are:
     Eq. 1  the forward process, x_{t-1} -> x_t     alpha_bars, q_sample (t steps in one)
     Eq. 2  one step of the backward process        ddim (eta = 1, every t, clip = False; see there)
     Eq. 3  L_DM, the loss of a diffusion model     dm_loss
-    Eq. 4  the order of the noise estimates        holds where ordinal_loss = 0 and they differ
+    Eq. 4  the order of the noise estimates        what ordinal_loss asks for
     Eq. 5  L_ordinal, the ordinal relationship     ordinal_loss; which estimates it gets: Batch
     Eq. 6  d, the distance of two noise estimates  noise_distance (default: the Euclidean norm)
-    Eq. 7  three estimates on a line, in order     straightness (= 1); guided_eps uses it
+    Eq. 7  three estimates on a line, in order     straightness (= 1 where it holds)
     Eq. 8  L_total = L_DM + lambda_t L_ordinal     total_loss
 
 and its symbols: x_0 a clean image in [-1, 1], x_t the same after t of T noising steps, eps the noise
@@ -70,7 +70,7 @@ def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def dm_loss(eps: Tensor, eps_hat: Tensor) -> Tensor:
-    """L_DM of Eq. 3, as the mean over the entries of each image: (B, ...) -> (B,)."""
+    """L_DM of Eq. 3, as the mean over the entries of each image (see noise_distance): (B, ...) -> (B,)."""
     return (eps - eps_hat).square().flatten(1).mean(1)
 
 
@@ -103,8 +103,8 @@ def ordinal_loss(p: Tensor, q: Tensor, r: Tensor, distance: str = "euclidean") -
 def straightness(eps_hat: Tensor) -> Tensor:
     """d(p,r) / (d(p,q) + d(q,r)), mean over the triplets of C >= 3 classes: (B, C, ...) -> (B,) in [0, 1].
 
-    1 when the estimates lie on a line in order (Eq. 7); 0.5 for an equilateral triangle. Estimates that
-    coincide count as 1: a network that ignores the class is straight too.
+    A measure, not a loss. 1 when the estimates lie on a line in order (Eq. 7); 0.5 for an equilateral
+    triangle. Estimates that coincide count as 1: a network that ignores the class is straight too.
     """
     ratios = []
     for p, q, r in itertools.combinations(eps_hat.unbind(1), 3):
@@ -113,27 +113,7 @@ def straightness(eps_hat: Tensor) -> Tensor:
     return torch.stack(ratios).mean(0)
 
 
-# ------------------------------------------------ sampling: guidance and DDIM (Eq. 2, Eq. 7)
-
-
-def guided_eps(model: UNet, position: Tensor, scale: float) -> Callable:
-    """The function eps_fn(x_t, t) of ddim: noise estimates at positions, with classifier-free guidance.
-
-    position (B,) float: a class in 0..C-1, or a severity between two; 1.5 is half the estimate of class 1 and
-    half that of class 2, on the line of Eq. 7. The estimate is null + s (class - null), that is s class +
-    (1 - s) null, with s the scale and null the estimate of the null class. s = 1 is the conditional model (Ho
-    & Salimans write w = s - 1).
-    """
-    classes = torch.arange(model.num_classes, device=position.device)
-    share = (1 - (position[:, None] - classes).abs()).clamp(min=0)  # (B, C)
-    weights = torch.cat([scale * share, torch.full_like(share[:, :1], 1 - scale)], dim=1)  # (B, C+1)
-    row, label = weights.nonzero(as_tuple=True)  # what has no weight is not evaluated
-    weight = weights[row, label].view(-1, 1, 1, 1)
-
-    def eps_fn(x_t: Tensor, t: Tensor) -> Tensor:  # (B, 3, H, W), (B,) -> (B, 3, H, W)
-        return torch.zeros_like(x_t).index_add(0, row, weight * model(x_t[row], t[row], label))
-
-    return eps_fn
+# ----------------------------------------------------------- sampling: DDIM (Eq. 2) and guidance
 
 
 def ddim(eps_fn: Callable, x: Tensor, alpha_bar: Tensor, times: Sequence[int], eta: float = 0.0,
@@ -167,6 +147,59 @@ def ddim(eps_fn: Callable, x: Tensor, alpha_bar: Tensor, times: Sequence[int], e
     return x
 
 
+def guided_eps(model: UNet, position: Tensor, scale: float) -> Callable:
+    """The function eps_fn(x_t, t) of ddim: noise estimates at positions, with classifier-free guidance.
+
+    position (B,) float: a class in 0..C-1, or (ours) a severity between two; 1.5 is half the estimate of
+    class 1 and half that of class 2. The estimate is null + s (class - null), that is s class + (1 - s) null,
+    with s the scale and null the estimate of the null class. s = 1 is the conditional model (Ho & Salimans
+    write w = s - 1; we read the paper's scale of 2 as s).
+    """
+    classes = torch.arange(model.num_classes, device=position.device)
+    share = (1 - (position[:, None] - classes).abs()).clamp(min=0)  # (B, C)
+    weights = torch.cat([scale * share, torch.full_like(share[:, :1], 1 - scale)], dim=1)  # (B, C+1)
+    row, label = weights.nonzero(as_tuple=True)  # what has no weight is not evaluated
+    weight = weights[row, label].view(-1, 1, 1, 1)
+
+    def eps_fn(x_t: Tensor, t: Tensor) -> Tensor:  # (B, 3, H, W), (B,) -> (B, 3, H, W)
+        return torch.zeros_like(x_t).index_add(0, row, weight * model(x_t[row], t[row], label))
+
+    return eps_fn
+
+
+def equal_steps(config: Config) -> list[int]:
+    """The times of ddim: T ... 0 in config.sample_steps equal steps."""
+    return torch.linspace(config.timesteps, 0, config.sample_steps + 1).round().long().tolist()
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """float -1..1 -> uint8 0..255, rounded to the nearest: the inverse of to_unit."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+@torch.no_grad()
+def sample_images(model: UNet, positions: Sequence[float], keys: Sequence[tuple]) -> Tensor:
+    """Images sampled at positions in 0..C-1: (B, 3, size, size) uint8 on the CPU.
+
+    All noise of row i comes from keys[i] alone: it is the same image, up to rounding, in any batch.
+    """
+    config, device = model.config, model.label.weight.device
+    rngs = [torch.Generator().manual_seed(seed_of("sample", *key)) for key in keys]
+
+    def noise(x=None):
+        drawn = [torch.randn(3, config.size, config.size, generator=rng) for rng in rngs]
+        return torch.stack(drawn).to(device)
+
+    eps_fn = guided_eps(model, torch.tensor(positions, device=device), config.guidance)
+    x_0 = ddim(eps_fn, noise(), alpha_bars(config), equal_steps(config), config.eta, noise=noise)
+    return to_uint8(x_0).cpu()
+
+
 # ----------------------------- U-Net of Ho et al. (2020), as published, with a class embedding
 
 NEARLY_ZERO = 1e-5  # gain of the last layer of the network and of each branch (Ho et al.: variance 1e-10)
@@ -183,12 +216,12 @@ def conv(c_in: int, c_out: int, kernel: int = 3, gain: float = 1.0) -> nn.Module
     return glorot(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2), gain)
 
 
-def in_branch(x: Tensor, config: Config):
-    """bfloat16, where --precision has it (build decides `auto`), inside the residual branches alone.
+def branch_precision(x: Tensor, config: Config):
+    """Within the residual branches alone, bfloat16 where --precision asks for it (build decides `auto`).
 
-    Rounded throughout, estimates of size 1 would err by up to 0.004, as much as the classes differ in at
-    large t. Inside a branch bfloat16 rounds relative to what the branch adds to x, and x itself stays float32
-    (on a GPU the few convolutions outside the branches multiply in TF32, PyTorch's default, 8 times finer).
+    If all were rounded, estimates of size 1 would err by up to 0.004, as much as the classes differ in at
+    large t. Inside a branch only what it adds to x is rounded; x itself stays float32. (On a GPU the few
+    convolutions outside the branches multiply in TF32, PyTorch's default, 8 times finer than bfloat16.)
     """
     return torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
@@ -202,8 +235,8 @@ def time_embedding(t: Tensor, ch: int) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """Dropout with one mask for all rows of an image, their root (see Batch): with three masks, the estimates
-    of a triplet would differ by a noise that no loss could put on a line."""
+    """Dropout in which rows of one root (see Batch) share their mask. With three masks, the estimates of a
+    triplet would differ by a noise that no loss could put on a line."""
 
     def forward(self, h: Tensor, root: Tensor | None = None) -> Tensor:
         if root is None or self.p == 0:
@@ -223,7 +256,7 @@ class Attention(nn.Module):
         self.out = conv(channels, channels, 1, gain=NEARLY_ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
-        with in_branch(x, self.config):
+        with branch_precision(x, self.config):
             h = self.norm(x)
             q, k, v = (f(h).flatten(2).mT.unsqueeze(1) for f in (self.q, self.k, self.v))  # (R, 1, HW, ch)
             h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / sqrt(ch)) v
@@ -247,7 +280,7 @@ class Block(nn.Module):
         self.attention = Attention(c_out, config) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, root: Tensor | None) -> Tensor:
-        with in_branch(x, self.config):
+        with branch_precision(x, self.config):
             h = self.conv1(F.silu(self.norm1(x)))
             h = h + self.emb(F.silu(emb))[:, :, None, None]
             h = self.conv2(self.dropout(F.silu(self.norm2(h)), root))
@@ -321,27 +354,27 @@ class Config:
     timesteps: int = setting(1000, "T, steps of the forward process (paper)", 1, 100_000)
     beta_1: float = setting(1e-4, "noise schedule at t = 1 (paper)", 1e-8, 0.999)
     beta_T: float = setting(0.02, "noise schedule at t = T (paper)", 1e-8, 0.999)
-    ordinal: float = setting(1.0, "W, a factor on lambda_t; 1: Eq. 8, 0: the plain diffusion model", 0.0)
-    triplets: str = setting("labels", "labels: one x_t under three labels (ours, after Fig. 2); images: "
-                            "three images, with one noise (Eqs. 4 to 7 as printed)",
+    ordinal: float = setting(1.0, "W, a factor on lambda_t (paper: 1); 0: the plain diffusion model", 0.0)
+    triplets: str = setting("labels", "labels: one x_t under three labels (ours); images: three images, "
+                            "with one noise (Eqs. 4 to 7 as printed)",
                             choices=("labels", "images"))
-    triplet_part: float = setting(0.125, "triplets, as a part of a process's images; at least one", 1e-6, 1.0)
+    triplet_part: float = setting(0.125, "triplets for each image of a step; at least one (ours)", 1e-6, 1.0)
     distance: str = setting("euclidean", "d of Eq. 6; squared: as printed, which contradicts Eq. 7",
                             choices=("euclidean", "squared"))
     balance: str = setting("data", "how often each class is taken: as in the data (Eq. 3) or evenly",
                            choices=("data", "uniform"))
     class_dropout: float = setting(0.1, "probability of the null class (Ho & Salimans)", 0.0, 0.99)
     sample_steps: int = setting(100, "DDIM steps (paper)", 1)
-    guidance: float = setting(2.0, "s of classifier-free guidance (paper: scale 2); 1: none", 0.0)
-    eta: float = setting(0.0, "0: DDIM (paper); 1: as Eq. 2, whose fresh noise corrects errors of a briefly "
-                         "trained network", 0.0, 1.0)
+    guidance: float = setting(2.0, "s of classifier-free guidance (paper: 2, read as s); 1: none", 0.0)
+    eta: float = setting(0.0, "0: DDIM (paper); 1: fresh noise at each step, as in Eq. 2, which corrects "
+                         "errors of a briefly trained network", 0.0, 1.0)
     # network
     size: int = setting(64, "image side in pixels (paper)", 4, 1024)
     ch: int = setting(128, "channels at full resolution (Ho et al.)", 4)
     ch_mult: tuple = setting((1, 2, 2, 2), "channel multiplier of each resolution (Ho et al., CIFAR-10)", 1)
     blocks: int = setting(2, "residual blocks at each resolution (Ho et al.)", 1)
     attention: tuple = setting((16,), "sides of the feature maps with self-attention (Ho et al.)", 1)
-    groups: int = setting(32, "of GroupNorm (Ho et al.); too many in a narrow network lose mean colours", 1)
+    groups: int = setting(32, "of GroupNorm (Ho et al.)", 1)
     dropout: float = setting(0.1, "dropout in the residual blocks (Ho et al.)", 0.0, 0.99)
     # training
     batch: int = setting(32, "images a step, over all processes (paper)", 1)
@@ -352,7 +385,7 @@ class Config:
     ema: float = setting(0.9999, "decay of the averaged weights that sampling uses (Ho et al.)", 0.0, 1.0)
     flip: bool = setting(True, "random horizontal flips (Ho et al.)")
     seed: int = setting(0, "step i's images and noise depend on (seed, i, process) alone", 0, 2**63 - 1)
-    # data (from here on nothing concerns the method)
+    # data
     data: str = setting("", "folder of class folders, or a CSV of grades (none: the synthetic frames)")
     order: str = setting("", "class names in ascending severity, A,B,C (where names carry no number)")
     columns: str = setting("", "ID,GRADE: columns of the CSV (image,level and id_code,diagnosis are known)")
@@ -371,7 +404,8 @@ class Config:
     compile: str = setting("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
 
 
-# The small preset, for two cores and a few minutes: 32x32 images, 1.1 M parameters.
+# The small preset, for two cores and a few minutes: 32x32 images, 1.1 M parameters. Two groups, since more
+# would normalise the mean colour away in a network as narrow as this.
 SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(8,), groups=2, dropout=0.0, batch=8,
              steps=1600, lr=2e-3, warmup=100, decay=0.5, ema=0.999, sample_steps=50, guidance=1.25, eta=1.0,
              save_every=200, sheet_every=800)
@@ -382,16 +416,17 @@ SMALL = dict(size=32, ch=32, ch_mult=(1, 2, 2), blocks=1, attention=(8,), groups
 
 @dataclass
 class Batch:
-    """One step's R = B + 3G rows of the network: B images under their own labels, which L_DM reads, and G
-    triplets p < q < r, which L_ordinal reads.
+    """One step's R = B + 3G rows of the network: B images under their own or the null label, which L_DM
+    reads, and G triplets p < q < r, which L_ordinal reads.
 
     With B = 4 and G = 1 the rows are 0 1 2 3 | p q r, and their roots 0 1 2 3 | 0 0 0. Triplet g takes the
     noise, t, flip and dropout mask of image g, its root, and is labelled with its class and two others.
-    By default its rows show the root itself, one x_t under three labels (after Fig. 2); with `--triplets
-    images` each shows a random image of its class: x_{t,p}, x_{t,q}, x_{t,r} as Eqs. 4 to 7 print them.
+    By default its rows show the root itself, one x_t under three labels. This is ours. Eqs. 4 to 7 print
+    x_{t,p}, x_{t,q}, x_{t,r}, as if each row showed an image of its class (`--triplets images`). But each
+    estimate then carries its own image's error as well, and in a trial the severity was lost.
     """
 
-    image: Tensor  # (R,) numbers in the data set
+    image: Tensor  # (R,) indices into the data set
     label: Tensor  # (R,) the class that a row is shown as; C is the null class
     root: Tensor  # (R,) 0..B-1: the image whose noise, t, flip and mask a row takes
     t: Tensor  # (B,) timesteps 1..T
@@ -420,16 +455,16 @@ def draw_batch(labels: Tensor, num_classes: int, config: Config, B: int, rng: to
 
     not_own = 1 - F.one_hot(own[:G], num_classes)
     others = not_own.float().multinomial(2, generator=rng)  # two of the other classes
-    triplets = torch.cat([own[:G, None], others], dim=1).sort(1).values.flatten()  # p < q < r
+    pqr = torch.cat([own[:G, None], others], dim=1).sort(1).values.flatten()  # p < q < r
     root = torch.cat([torch.arange(B), torch.arange(G).repeat_interleave(3)])
     shown = image[root]
     if config.triplets == "images":
-        shown[B:] = one_of(triplets)
-    return Batch(shown, torch.cat([own.masked_fill(null, num_classes), triplets]), root, t, flip)
+        shown[B:] = one_of(pqr)
+    return Batch(shown, torch.cat([own.masked_fill(null, num_classes), pqr]), root, t, flip)
 
 
 def total_loss(model: Callable, x_0: Tensor, eps: Tensor, batch: Batch, alpha_bar: Tensor, config: Config):
-    """Eq. 8, L_total = L_DM + lambda_t L_ordinal, with lambda_t = W t / T (W = config.ordinal; paper: 1).
+    """Eq. 8, L_total = L_DM + lambda_t L_ordinal, with lambda_t = W t / T, W = config.ordinal.
 
     x_0 (R, 3, H, W): the clean images of the rows; eps (B, 3, H, W): the noise of the roots. One forward
     pass serves both losses. Returns the scalars (L_total, L_DM, lambda_t L_ordinal).
@@ -453,11 +488,6 @@ def learning_rate(config: Config, step: int) -> float:
     return config.lr * min(1, rising, falling)
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float -1..1."""
-    return images.float() / 127.5 - 1
-
-
 def training_step(net: nn.Module, ema: nn.Module, optimizer: torch.optim.Adam, images: Tensor, batch: Batch,
                   alpha_bar: Tensor, config: Config, step: int) -> Tensor:
     """Step 0, 1, ... of Adam on Eq. 8, and of the averaged weights. images (N, 3, H, W) uint8: the data set.
@@ -474,7 +504,7 @@ def training_step(net: nn.Module, ema: nn.Module, optimizer: torch.optim.Adam, i
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()
-    keep = min(config.ema, (step + 2) / (step + 11))  # ours: it rises, so that first weights are forgotten
+    keep = min(config.ema, (step + 2) / (step + 11))  # TensorFlow's: it rises, to forget the first weights
     with torch.no_grad():
         for average, weight in zip(ema.parameters(), net.parameters()):
             average.lerp_(weight, 1 - keep)
@@ -497,6 +527,7 @@ def train(config: Config) -> Path:
     model = build(config, len(names), device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    # Run loads a checkpoint into them, where there is one.
     run = Run(out, config, names, labels, images, unseen, dict(model=model, ema=ema, optimizer=optimizer))
     images, alpha_bar, net = images.to(device), alpha_bars(config).to(device), parallel(model)
 
@@ -924,7 +955,7 @@ class Run:
         if at_end or (config.sheet_every and step % config.sheet_every == 0):
             keys = [(config.seed, row) for row in range(6)]  # the same starting noise along a row
             names = self.about["names"]
-            columns = [(name, draw_images(ema, [float(c)] * 6, keys)) for c, name in enumerate(names)]
+            columns = [(name, sample_images(ema, [float(c)] * 6, keys)) for c, name in enumerate(names)]
             save_picture(sheet_of(columns), self.out / "sheet.png")
         if at_end:
             say(f"{self.out}: trained to step {step:,}; {self.out / 'sheet.png'} shows samples")
@@ -1010,34 +1041,6 @@ def load_network(checkpoint: str | Path = "", device: str = "auto", **changes) -
     return Network(model, names, state["counts"], state["sha256"], f"{run}-{state['step']}")
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """float -1..1 -> uint8 0..255, rounded to the nearest: the inverse of to_unit."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-def equal_steps(config: Config) -> list[int]:
-    """The times of ddim: T ... 0 in config.sample_steps equal steps."""
-    return torch.linspace(config.timesteps, 0, config.sample_steps + 1).round().long().tolist()
-
-
-@torch.no_grad()
-def draw_images(model: UNet, positions: Sequence[float], keys: Sequence[tuple]) -> Tensor:
-    """Images sampled at positions in 0..C-1: (B, 3, size, size) uint8 on the CPU.
-
-    All noise of row i comes from keys[i] alone: it is the same image, up to rounding, in any batch.
-    """
-    config, device = model.config, model.label.weight.device
-    rngs = [torch.Generator().manual_seed(seed_of("sample", *key)) for key in keys]
-
-    def noise(x=None):
-        drawn = [torch.randn(3, config.size, config.size, generator=rng) for rng in rngs]
-        return torch.stack(drawn).to(device)
-
-    eps_fn = guided_eps(model, torch.tensor(positions, device=device), config.guidance)
-    x_0 = ddim(eps_fn, noise(), alpha_bars(config), equal_steps(config), config.eta, noise=noise)
-    return to_uint8(x_0).cpu()
-
-
 def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0,
            out: str | Path = "", seed: int = 0, batch: int = 0, device: str = "auto", **changes) -> Path:
     """Sample images into OUT/<class>/<i>.png and OUT/sheet.png; what is there already is kept. Returns OUT.
@@ -1065,7 +1068,7 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     jobs = [(file, (wanted[name], (seed, i) if series else (seed, i, round(wanted[name], 6))))
             for name in files for i, file in enumerate(files[name])]
     batch = batch or (16 if network.model.label.weight.device.type == "cpu" else 128)
-    write_images(jobs, lambda inputs: draw_images(model, *zip(*inputs)), batch)
+    write_images(jobs, lambda inputs: sample_images(model, *zip(*inputs)), batch)
     if RANK == 0:
         shown = 64 if len(files) == 1 else 8
         columns = [(name, [read_square(file, model.config.size) for file in some[:shown]])

@@ -302,7 +302,7 @@ def test_sampling_starts_at_T_and_lands_on_the_clean_image():
     target = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4) * 5
     for steps in (1, 7, 1000):
         model = Gaussians(odm.to_unit(target), 0.0, sample_steps=steps)
-        assert torch.equal(odm.draw_images(model, [0.0], [(0, 0)]), target)
+        assert torch.equal(odm.sample_images(model, [0.0], [(0, 0)]), target)
         assert model.times == falling(1000, steps)[:-1]
 
 

@@ -89,7 +89,7 @@ def bench_odm(config: odm.Config, rounds: int, beside_diffusers: bool) -> None:
         actions[f"train {name}"] = lambda arguments=arguments: odm.training_step(*arguments)
     few = ema.config = replace(ema.config, sample_steps=4)
     keys = [(0, i) for i in range(config.batch)]
-    actions["sample"] = lambda: odm.draw_images(ema, [0.0] * config.batch, keys)
+    actions["sample"] = lambda: odm.sample_images(ema, [0.0] * config.batch, keys)
     if beside_diffusers:
         actions["train diffusers"], actions["sample diffusers"] = of_diffusers(few, device)
     median = alternate(actions, rounds)
