@@ -852,7 +852,7 @@ def measure(model: UNet, alpha_bar: Tensor, images: Tensor, unseen: Sequence[Ten
     return numbers
 
 
-MAY_CHANGE = set("sample_steps guidance eta steps order held_out out save_every sheet_every device precision "
+MAY_CHANGE = set("sample_steps guidance eta steps order out save_every sheet_every device precision "
                  "compile".split())  # when a run is resumed (--data and --order: what they lead to may not)
 
 
@@ -880,12 +880,14 @@ class Run:
         self.out, self.config, self.parts, model = out, config, parts, parts["model"]
         device, some = model.label.weight.device, torch.randperm(len(images))[:16]
         self.measured = alpha_bars(config).to(device), images[some], unseen
-        self.metrics, self.checkpoint = self.out / "metrics.csv", self.out / "checkpoint.pt"
+        self.rows = ["step,loss,dm,ordinal,grad_norm,straightness,gap" + ",held_out" * bool(config.held_out)]
+        self.checkpoint = self.out / "checkpoint.pt"
         self.step, self.losses, self.text = 0, [], ""  # losses since the last row
         if self.checkpoint.exists():
             with checkpoint_at(self.checkpoint) as state:
-                there = vars(state["config"]) | {"data": [state.get(name) for name in self.about]}
-                now = vars(config) | {"data": list(self.about.values())}
+                there, now = (vars(settings) | {"held_out": bool(settings.held_out),
+                                                "data": [about.get(name) for name in self.about]}
+                              for settings, about in ((state["config"], state), (config, self.about)))
                 other = [f"{flag(name)} (there {there[name]}, now {now[name]})" for name in now
                          if there[name] != now[name] and name not in MAY_CHANGE]
                 if other:
@@ -898,7 +900,7 @@ class Run:
                                     "another --out")
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
-                self.step = state["step"]
+                self.step, self.rows = state["step"], state["rows"]
         elif config.init:
             with checkpoint_at(config.init) as state:
                 for name in ("groups", "timesteps"):  # the weights would load, and mean something else
@@ -909,22 +911,14 @@ class Run:
                     state["ema"]["label.weight"] = model.label.weight.detach()
                 for name in ("model", "ema"):
                     parts[name].load_state_dict(state["ema"])
-        header = "step,loss,dm,ordinal,grad_norm,straightness,gap" + ",held_out" * bool(config.held_out)
-        lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else [header]
-        steps = [line.partition(",")[0] for line in lines[1:]]
-        if lines[:1] != [header] or not all(map(str.isdecimal, steps)):
-            raise UserError(f"{self.metrics}: not as train with these flags writes it; restore it, or move "
-                            "it away to go on with a new one")
-        # Without rows that an interrupted run wrote after its last checkpoint.
-        self.rows = [header] + [row for row, step in zip(lines[1:], steps) if int(step) <= self.step]
-        self.write_rows()
+        self.write_rows()  # without those that an interrupted run wrote after its last checkpoint
         self.progress = progress_of(config.steps, "steps", self.step)
         say(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} x {WORLD}, step "
             f"{self.step:,} of {config.steps:,}" + "; nothing left to do" * (self.step >= config.steps))
 
     def write_rows(self) -> None:
         if RANK == 0:
-            write_text(self.metrics, "\n".join(self.rows) + "\n")
+            write_text(self.out / "metrics.csv", "\n".join(self.rows) + "\n")
 
     def after_step(self, step: int, losses: Tensor, stop: list[int]) -> None:
         """Write a row, save and draw where they are due. Losses stay on the device until a row is."""
@@ -949,7 +943,7 @@ class Run:
             return
         self.progress(step, self.text)
         if saving:
-            state = dict(config=asdict(config), **self.about, step=step)
+            state = dict(config=asdict(config), **self.about, step=step, rows=self.rows)
             state |= {name: part.state_dict() for name, part in self.parts.items()}
             write_file(self.checkpoint, partial(torch.save, state))
         if at_end or (config.sheet_every and step % config.sheet_every == 0):
@@ -990,8 +984,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def checkpoint_at(path: str | Path):
-    """{file, sha256, config: Config, names, counts, step, ema, [model, optimizer]} of a checkpoint, given its
-    file or its run's folder; no code in it runs.
+    """{file, sha256, config: Config, names, counts, step, ema, [model, optimizer, rows]} of a checkpoint,
+    given its file or its run's folder; no code in it runs.
 
     Whatever is wrong with it, here or inside the `with`, is one line: damaged files raise many kinds.
     """
