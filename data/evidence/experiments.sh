@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The commands behind RESULTS.md and the pictures, in parts, each of which goes on where it was stopped:
-#     bash data/evidence/experiments.sh grade earnest epochs leaf-64 plane embedding preset memorise
+#     bash data/evidence/experiments.sh grade earnest epochs hundred leaf-64 plane embedding preset memorise
 #     bash data/evidence/experiments.sh synthetic rivals rare knees settings large pictures
 # STEPS=4 EACH=4 N=40 SEEDS=0 tries a part quickly; do that in a clone of its own. data/README.md says where
 # the real images come from. OMP_NUM_THREADS=1 keeps a part to one core.
@@ -104,25 +104,32 @@ earnest() { # DM and ODM for longer, on leaves and on retinas
     severities leaf 1 runs/earnest-leaf-*
 }
 
-epochs() { # as the paper, which sees an image 567 times: 400 radiographs at 16x16, seen 560 times
-    pick data/knee 400 data/knee-few 16
-    pick data/knee-test 400 data/knee-few-test 16
-    local flags="--data data/knee-few --held-out data/knee-few-test --size 16 --attention 4"
-    local part now
-    for seed in ${SEEDS:-0 1}; do
-        for part in 16 8 4 2 1; do
-            now="--seed $seed --decay 0 --log-every 250 --steps $((35 * steps / 2 / part))"
-            train "epochs-dm-$seed" $flags $now --ordinal 0
-            train "epochs-odm-$seed" $flags $now
-            python data/evidence/heldout.py runs/epochs-{dm,odm}-$seed data/knee-few-test \
-                --trained-on data/knee-few --json "samples/epochs-heldout-$seed-$part.json"
+epochs() { # as the paper, which sees each image 567 times: 400 small radiographs, 560 times
+    again 400 $((35 * steps / 2))
+}
+
+hundred() { # and 100 of them, 1,120 times
+    again 100 $((35 * steps / 4))
+}
+
+again() { # HOW MANY radiographs at 16x16, STEPS: the loss on them and on others, and copies of them
+    local part flags name="again-$1"
+    pick data/knee "$1" "data/$name" 16
+    pick data/knee-test 400 data/again-test 16
+    for seed in $seeds; do
+        for part in 8 4 2 1; do
+            flags="--data data/$name --held-out data/again-test --size 16 --attention 4 --seed $seed"
+            flags+=" --decay 0 --log-every 250 --steps $(($2 / part))"
+            train "$name-dm-$seed" $flags --ordinal 0
+            train "$name-odm-$seed" $flags
+            python data/evidence/heldout.py runs/$name-{dm,odm}-$seed data/again-test \
+                --trained-on "data/$name" --json "samples/$name-heldout-$seed-$part.json"
         done
-        for name in dm odm; do
-            python odm.py sample --checkpoint "runs/epochs-$name-$seed" -n 200 --out "samples/epochs-$name-$seed"
-        done
+        python odm.py sample --checkpoint "runs/$name-dm-$seed" -n 200 --out "samples/$name-dm-$seed"
+        python odm.py sample --checkpoint "runs/$name-odm-$seed" -n 200 --out "samples/$name-odm-$seed"
     done
-    python data/beyond/usefulness.py data/knee-few-test samples/epochs-{dm,odm}-[0-9] $weights \
-        --trained-on data/knee-few --dims 192
+    python data/beyond/usefulness.py data/again-test samples/$name-{dm,odm}-[0-9] $weights \
+        --trained-on "data/$name" --dims 192
 }
 
 leaf-64() { # data/leaf.pt, what it shows, and whether it copies
