@@ -82,10 +82,11 @@ def given_images(network: odm.Network, images: list) -> tuple[list[Path], list[s
     for path in (Path(image).absolute() for image in images):
         files, root, near = [path], path.parent, [[]]
         if path.is_dir():
-            files, root = [file for file in odm.list_files(path) if odm.is_image(file)], path
+            there, root = odm.list_files(path), path
+            files = [file for file in there if odm.is_image(file)]
             near = [[folder.name for folder in file.relative_to(path.parent).parents] for file in files]
-            odm.say(f"{path}: {len(files):,} images in {len(odm.list_files(path)):,} files")
-        elif path.suffix.lower() in (".csv", ".tsv", ".txt"):
+            odm.say(f"{path}: {len(files):,} images in {len(there):,} files")
+        elif not odm.is_image(path):
             files, labels, grades = odm.find_images(path, config.order, config.columns)
             near = [[grades[label]] for label in labels]
         if not files:
