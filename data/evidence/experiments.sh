@@ -101,7 +101,12 @@ earnest() { # DM and ODM for longer, on leaves and on retinas
         compared samples/earnest-$set-heldout-*.json
         python fid.py "data/$set-test" samples/earnest-$set-{dm,odm}-[0-9] $weights
     done
+    flags="--data data/leaf --steps $((4 * steps))" # and one seed of what else might help
+    train earnest-leaf-uniform-0 $flags --ordinal 0 --balance uniform
+    train earnest-leaf-both-0 $flags --balance uniform
+    train earnest-leaf-w10-0 $flags --ordinal 10
     severities leaf 1 runs/earnest-leaf-*
+    severities leaf 1.5 runs/earnest-leaf-{dm,odm}-*
 }
 
 epochs() { # as the paper, which sees each image 567 times: 400 small radiographs, 560 times
