@@ -580,6 +580,7 @@ class UserError(Exception):
 # ---------------------------------------------------------------------- images and their classes
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+TABLES = {".csv", ".tsv", ".txt"}
 COLUMNS = ("image,level", "id_code,diagnosis")  # of EyePACS and of APTOS
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a large colour profile is no attack
 
@@ -746,7 +747,7 @@ def find_images(data: str | Path, order: str = "", columns: str = "") -> tuple[l
     """(paths, class index of each, class names in ascending severity) of a folder of class folders, or of a
     CSV and the images below its folder (data/README.md); says what it found, and what it passed over."""
     given = Path(data)
-    by_csv = given.is_file() and given.suffix.lower() in (".csv", ".tsv", ".txt")
+    by_csv = given.is_file() and given.suffix.lower() in TABLES
     if not (given.is_dir() or by_csv):
         raise UserError(f"{data}: no folder of images and no CSV of grades (data/README.md says where to get "
                         "some)")
@@ -885,9 +886,10 @@ class Run:
         self.step, self.losses, self.text = 0, [], ""  # losses since the last row
         if self.checkpoint.exists():
             with checkpoint_at(self.checkpoint) as state:
-                there, now = (vars(settings) | {"held_out": bool(settings.held_out),
-                                                "data": [about.get(name) for name in self.about]}
-                              for settings, about in ((state["config"], state), (config, self.about)))
+                there = vars(state["config"]) | {"data": [state.get(name) for name in self.about]}
+                now = vars(config) | {"data": list(self.about.values())}
+                for settings in (there, now):
+                    settings["held_out"] = bool(settings["held_out"])  # its folder may change
                 other = [f"{flag(name)} (there {there[name]}, now {now[name]})" for name in now
                          if there[name] != now[name] and name not in MAY_CHANGE]
                 if other:

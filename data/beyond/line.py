@@ -86,7 +86,7 @@ def given_images(network: odm.Network, images: list) -> tuple[list[Path], list[s
             files = [file for file in there if odm.is_image(file)]
             near = [[folder.name for folder in file.relative_to(path.parent).parents] for file in files]
             odm.say(f"{path}: {len(files):,} images in {len(there):,} files")
-        elif not odm.is_image(path):
+        elif path.suffix.lower() in odm.TABLES:
             files, labels, grades = odm.find_images(path, config.order, config.columns)
             near = [[grades[label]] for label in labels]
         if not files:
