@@ -411,9 +411,9 @@ def run(program: str, evaluate: Callable, report: Callable, args: argparse.Names
         torch.set_float32_matmul_precision("highest")  # with less, as some machines set it, distances are off
         with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no part of the report
             result = evaluate(args)
-        print(report(result))
         if args.json:
             odm.write_text(Path(args.json), json.dumps(result, indent=1, allow_nan=False) + "\n")
+        print(report(result))
 
     return odm.status_of(program, work)
 

@@ -583,6 +583,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 TABLES = {".csv", ".tsv", ".txt"}
 COLUMNS = ("image,level", "id_code,diagnosis")  # of EyePACS and of APTOS
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a large colour profile is no attack
+nfc = partial(unicodedata.normalize, "NFC")  # an accented letter as one; a Mac may name files with two
 
 
 def list_files(root: Path) -> list[Path]:
@@ -677,7 +678,7 @@ def some_of(names) -> str:
 def ending(path: str) -> list[str]:
     """Name and folders of a file or an ID, nearest first, for comparison: without capitals and without the
     suffix of an image."""
-    path = Path(unicodedata.normalize("NFC", path).strip().casefold().replace("\\", "/"))
+    path = Path(nfc(path).strip().casefold().replace("\\", "/"))
     return [part.strip() for part in (path.with_suffix("") if is_image(path) else path).parts[::-1]]
 
 
@@ -726,7 +727,7 @@ def grades_from_csv(file: Path, paths: Sequence[Path], columns: str) -> tuple[di
 
 def ordered_classes(names_of: Sequence[Sequence[str]], order: str, data: str | Path, hint: str) -> list[str]:
     """The classes in ascending severity, of the names that each image could have, nearest first."""
-    names = [name.strip() for name in order.split(",")] if order else []
+    names = [name.strip() for name in nfc(order).split(",")] if order else []
     levels = [set(level) - {None} for level in itertools.zip_longest(*names_of)] or [set()]
     there = set().union(*levels)
     if len(there.intersection(names)) < len(names):
@@ -766,7 +767,8 @@ def find_images(data: str | Path, order: str = "", columns: str = "") -> tuple[l
     if by_csv:
         names_of, unmatched = grades_from_csv(given, paths, columns)
     else:  # the folders above each image, nearest first
-        names_of, unmatched = {path: path.relative_to(root).parts[-2::-1] for path in paths}, []
+        names = {path: Path(nfc(str(path.relative_to(root)))) for path in paths}
+        names_of, unmatched = {path: name.parts[-2::-1] for path, name in names.items()}, []
     hint = "; or name a CSV of grades, as --data FILE.csv" if others[".csv"] and not by_csv else ""
     ranked = ordered_classes(list(names_of.values()), order, data, hint)
     found = {path: [name for name in near if name in ranked] for path, near in names_of.items()}
@@ -1262,7 +1264,10 @@ def stop_signals():
 def say(line: str) -> None:
     """Print a line, from the first process alone."""
     if RANK == 0:
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # Ctrl-C ends `| tee` first, and the run must still be saved
+            sys.stdout = open(os.devnull, "w")
 
 
 def progress_of(total: int, unit: str, done: int = 0) -> Callable:
@@ -1316,6 +1321,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         program, message = self.prog.split()[0], " ".join(message.split())
+        message += ", or --flag=VALUE where it begins with a minus" * ("expected one argument" in message)
         self.exit(2, f"{program}: error: {message}; see python {self.prog} --help\n")
 
 

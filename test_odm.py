@@ -665,6 +665,9 @@ def test_held_out_is_the_loss_on_unseen_images(graded, tmp_path, capsys):
             estimate = model(x_t[None].float(), torch.tensor([t]), labels[i][None])
         losses.append((estimate[0] - eps[n]).square().mean().item())
     assert np.mean(losses) == pytest.approx(rows["held_out"][-1], rel=1e-4)
+    moved = str(unseen.rename(tmp_path / "moved"))
+    odm.train(settings(seen, out, held_out=moved, **changes | dict(steps=301)))
+    assert metrics_of(out)["held_out"][-1] == pytest.approx(rows["held_out"][-1], rel=0.1)
     assert "held_out" not in (odm.train(settings(graded, tmp_path / "b")) / "metrics.csv").read_text()
 
 
@@ -712,17 +715,20 @@ def test_a_run_that_fails_keeps_its_last_checkpoint(graded, tmp_path, capsys, mo
         assert (tmp_path / "checkpoint.pt").read_bytes() == before and sorted(tmp_path.iterdir()) == names
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_signals_save_and_say_how_to_go_on(graded, tmp_path, number):
+@pytest.mark.parametrize("number, tee_ended", [(signal.SIGINT, False), (signal.SIGTERM, False),
+                                               (signal.SIGINT, True)])
+def test_stop_signals_save_and_say_how_to_go_on(graded, tmp_path, number, tee_ended):
     argv = train_flags(steps=100_000, save_every=100_000, data=graded, out="a b/\u00e9")
     process = command(HERE / "odm.py", *argv, cwd=tmp_path)
     while "steps" not in process.stdout.readline() and process.poll() is None:
         pass
+    if tee_ended:  # by the same Ctrl-C
+        process.stdout.close()
     process.send_signal(number)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and errors == ""
     step = state_of(tmp_path / "a b" / "\u00e9")["step"]
-    assert f"stopped and saved at step {step:,}; the same command goes on" in said
+    assert tee_ended or f"stopped and saved at step {step:,}; the same command goes on" in said
     assert np.atleast_1d(metrics_of(tmp_path / "a b" / "\u00e9"))["step"][-1] == step
 
 
@@ -817,6 +823,7 @@ INPUTS = [
      "!--order mild,grave must name each class once, of mild, severe"),
     ("a name twice", "a/a.png|b/a.png", "", "--order=a,b,a", "!must name each class once"),
     ("folders below classes", "0/left/a.png|1/left/a.png|1/right/b.png", "", "--order=0,1", "0 1, 1 2"),
+    ("accents of a Mac", "de\u0301but/a.png|fin/a.png", "", "--order=d\u00e9but,fin", "d\u00e9but 1, fin 1"),
     ("two levels", "KL 0/visit 1/a.png|KL 1/visit 2/a.png", "", "",
      "!numbered folders on two levels, visit 1, visit 2 below KL 0, KL 1"),
     ("many patients above", "|".join(f"{n}/Mayo {n % 3}/a.bmp" for n in range(40)), "", "",
