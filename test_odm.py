@@ -9,7 +9,7 @@
 
 import csv
 import hashlib
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -112,11 +112,8 @@ def metrics_of(out):
 
 def train_flags(**changes) -> list[str]:
     """The command line of a tiny run."""
-    argv = ["train"]
-    for name, value in {**TINY, **changes}.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        argv += [odm.flag(name), text]
-    return argv
+    text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return ["train", *(f"{odm.flag(name)}={text(value)}" for name, value in {**TINY, **changes}.items())]
 
 
 def command(*argv, **kwargs) -> Popen:
@@ -167,28 +164,13 @@ def test_where_the_ordinal_loss_is_zero():
     assert odm.ordinal_loss(*corner, "squared") == 0 and odm.ordinal_loss(*corner) > 1
 
 
-@pytest.mark.parametrize("distance, low, high", [("euclidean", 0.99, 1.0001), ("squared", 0.66, 0.76)])
-def test_what_the_loss_does_to_free_vectors(distance, low, high):
-    """Eq. 7 follows from the Euclidean norm alone; the norm as printed ends at right angles, near 0.71."""
-    points = noise(64, 3, 16).requires_grad_()
-    optimizer = torch.optim.Adam([points], lr=0.03)
-    for _ in range(400):
-        optimizer.zero_grad()
-        odm.ordinal_loss(*points.unbind(1), distance).sum().backward()
-        optimizer.step()
-    assert low < odm.straightness(points).mean().item() < high
-
-
-def test_gradient_where_estimates_coincide_is_zero_not_nan():
-    points = torch.ones(2, 3, 4, requires_grad=True)
-    odm.ordinal_loss(*points.unbind(1)).sum().backward()
-    assert torch.equal(points.grad, torch.zeros_like(points)) and odm.straightness(points).tolist() == [1, 1]
-
-
-def test_straightness_over_the_triplets_of_four_classes():
+def test_straightness_in_closed_form_and_where_estimates_coincide():
     square = torch.tensor([[[0.0, 0], [1, 0], [1, 1], [0, 1]]])
     expected = (2 * math.sqrt(0.5) + 2 / (1 + math.sqrt(2))) / 4
     assert max_error(odm.straightness(square), [expected]) < 1e-6
+    points = torch.ones(2, 3, 4, requires_grad=True)
+    odm.ordinal_loss(*points.unbind(1)).sum().backward()
+    assert torch.equal(points.grad, torch.zeros_like(points)) and odm.straightness(points).tolist() == [1, 1]
 
 
 def test_bfloat16_does_not_drown_the_ordinal_loss():
@@ -432,14 +414,10 @@ def test_given_grades_come_from_what_was_named_and_below_it(run, tmp_path, capsy
         assert {Path(row["file"]).name: row["given"] for row in rows} == expected, named
         assert ("3 images in 4 files" in said) == (named == "Mayo 2")
     table = tmp_path / "Mayo 2" / "grades.csv"  # grades of a CSV that is named; others are not looked at
-    table.write_text("image,level\na,Mayo 1\nb,Mayo 3\nc,Mayo 9\n")
+    table.write_text("image,level\nc,Mayo 9\nb,Mayo 3\na,Mayo 1\n")
     rows, said = rows_of(capsys, table, "--checkpoint", run)
     assert {Path(row["file"]).stem: row["given"] for row in rows} == {"a": "Mayo 1", "b": "Mayo 3", "c": ""}
     assert "1 of 3 images have no given grade" in said
-
-
-def move(*argv) -> int:
-    return line.main(["move", *map(str, argv)])
 
 
 def test_moved_frames_are_near_their_truth(fresh, tmp_path):
@@ -457,21 +435,14 @@ def test_moved_frames_are_near_their_truth(fresh, tmp_path):
         assert np.mean(moved) < 0.85 * np.mean(unmoved), target
     with Image.open(out / "series.gif") as series:
         assert series.n_frames == 4  # 0, 1, 2, 1
-    with Image.open(out / "sheet.png") as sheet:
-        assert sheet.size == (4 + 4 * 132, 28 + 4 * 132)  # the given ones, then 0, 1, 2
-    assert len(odm.list_files(out / "Mayo 0")) == 4
 
 
 def test_an_image_sampled_at_its_own_severity_comes_back(fresh, tmp_path, capsys):
     file, out = fresh[0] / "patient 1" / "Mayo 2" / "a.png", tmp_path / "moved"
     argv = [file, "--class", "2", "--at", "2", "--checkpoint", DEMO, "--out", out]
-    assert move(*argv) == 0
+    assert line.main(["move", *map(str, argv)]) == 0
     error = odm.read_square(out / "Mayo 2" / "a.png", 32).float() - odm.read_square(file, 32)
     assert error.square().mean().sqrt() < 8  # grey levels
-    assert json.loads((out / "sample.json").read_text())["guidance"] == 1
-    odm.save_picture(Image.new("RGB", (32, 32)), out / "Mayo 2" / "a.png")
-    assert move(*argv) == 0
-    assert odm.read_square(out / "Mayo 2" / "a.png", 32).max() == 0  # what is there is kept
     other = fresh[0] / "patient 2" / "Mayo 2" / "a.png"
     assert "other settings" in error_of(capsys, line.main, "move", other, *argv[1:])
 
@@ -485,7 +456,6 @@ def test_line_refuses_what_it_does_not_understand(run, graded, tmp_path, capsys,
     for expected, argv in {
         "--at 9": ["move", graded, "--at", "9", *net],
         "--at 0:2:1: name one severity": ["move", graded, "--at", "0:2:1", *net],
-        "a severity from 0 to 3": ["move", graded, "--class", "4", *net],
         "two images would get this name": ["move", "twins", *net],
         "only with move": ["read", graded, "--at", "1", *net],
         "absent.png": ["read", "absent.png", *net],
@@ -493,8 +463,6 @@ def test_line_refuses_what_it_does_not_understand(run, graded, tmp_path, capsys,
         "absent.csv: no folder of images": ["read", "absent.csv", *net],
         "--batch: must be from 1": ["read", graded, "--batch", "0", *net],
         "--seed: must be from 0": ["read", graded, "--seed", str(2**63), *net],
-        "none.pt: no whole checkpoint": ["read", graded, "--checkpoint", "none.pt"],
-        "invalid choice: 'grade'": ["grade", graded],
     }.items():
         assert expected in error_of(capsys, line.main, *argv), expected
 
@@ -583,28 +551,18 @@ def assert_same_run(one, other):
         assert (one / file).read_bytes() == (other / file).read_bytes()
 
 
-def saved_at(out):
-    file = out / "checkpoint.pt"
-    return file.stat().st_mtime_ns if file.exists() else 0
-
-
 def test_killed_training_ends_as_if_undisturbed(graded, tmp_path):
     changes = dict(dropout=0.1, steps=60, log_every=3, save_every=5)
-    killed, reached = tmp_path / "killed", [0]
-    whole = odm.train(settings(graded, tmp_path / "whole", **changes))
-    for pause in (0.0, 0.03):
-        process = command(HERE / "odm.py", *train_flags(**changes, data=graded, out=killed))
-        before = saved_at(killed)
-        while saved_at(killed) == before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(pause)
-        process.kill()
-        process.communicate(timeout=60)
-        reached.append(state_of(killed)["step"])
-    assert 0 < reached[1] < reached[2] < 60
-    with open(killed / "metrics.csv", "a") as file:  # killed after writing rows, before the checkpoint
-        file.write(f"{reached[2] + 1},1,1,1,1,1,1\n")
-    assert_same_run(whole, odm.train(settings(graded, killed, **changes)))
+    whole, killed = odm.train(settings(graded, tmp_path / "whole", **changes)), tmp_path / "killed"
+    process = command(HERE / "odm.py", *train_flags(**changes, data=graded, out=killed))
+    while not (killed / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    assert 0 < (step := state_of(killed)["step"]) < 45
+    for steps in (step, 45, 60):  # resumed twice
+        odm.train(settings(graded, killed, **changes | dict(steps=steps)))
+    assert_same_run(whole, killed)
     assert metrics_of(whole)["step"].tolist() == [n for n in range(1, 61) if n % 3 == 0 or n % 5 == 0]
 
 
@@ -634,28 +592,18 @@ def test_a_row_is_the_mean_of_the_losses_since_the_one_before(graded, tmp_path, 
     for row, of in zip(rows, (seen[:3], seen[3:5], seen[5:6], seen[6:])):
         expected = torch.stack(of).mean(0)
         assert max_error([row[name] for name in ("loss", "dm", "ordinal", "grad_norm")], expected) < 1e-6
-    said = [line for line in capsys.readouterr().out.splitlines() if "steps" in line]
-    assert said[0].startswith("1/7 steps") and re.search(r"\d:\d\d:\d\d left", said[0])
-    assert said[-1].startswith("7/7 steps") and f"dm {rows['dm'][-1]:.3g}" in said[-1]
 
 
 def test_held_out_is_the_loss_on_unseen_images(graded, tmp_path, capsys):
-    """Memorised: dm goes on falling while held_out turns."""
-    seen = write_images(tmp_path / "seen", {"0": 2, "1": 2, "2": 2}, sides=(8, 8))
-    unseen = write_images(tmp_path / "unseen", {"0": 3, "1": 40, "2": 40}, seed=1, sides=(8, 8))
-    changes = dict(ch=16, steps=300, lr=3e-3, ema=0.9, flip=False, log_every=20, save_every=300, ordinal=0.0)
-    out = odm.train(settings(seen, tmp_path / "run", held_out=str(unseen), **changes))
-    rows = metrics_of(out)
-    turn = rows["held_out"].argmin()
-    assert turn < len(rows) - 3 and rows["held_out"][-1] > 1.05 * rows["held_out"][turn]
-    assert rows["dm"][-3:].mean() < 0.8 * rows["dm"][turn]
+    unseen = write_images(tmp_path / "unseen", {f"Mayo {c}": 40 - 37 * (c == 0) for c in range(4)}, 1)
+    out = odm.train(settings(graded, tmp_path / "run", held_out=str(unseen), lr=3e-3, ema=0.9, steps=150))
 
     # The last row by a loop: images of all classes alike, at t from 1 to T, eps of one generator.
     model = odm.load_network(out, "cpu").model
     images, labels, _ = odm.load_images(unseen, 8)
     weights = 1 / labels.bincount()[labels]
     chosen = weights.multinomial(64, generator=torch.Generator().manual_seed(0))
-    assert (labels[chosen].bincount() - torch.tensor([3, 30, 30])).abs().max() < 5
+    assert (labels[chosen].bincount() - torch.tensor([3, 20, 20, 20])).abs().max() < 6
     eps = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     alpha_bar, losses = odm.alpha_bars(settings()), []
     for n, i in enumerate(chosen):
@@ -664,10 +612,9 @@ def test_held_out_is_the_loss_on_unseen_images(graded, tmp_path, capsys):
         with torch.no_grad():
             estimate = model(x_t[None].float(), torch.tensor([t]), labels[i][None])
         losses.append((estimate[0] - eps[n]).square().mean().item())
-    assert np.mean(losses) == pytest.approx(rows["held_out"][-1], rel=1e-4)
+    assert np.mean(losses) == pytest.approx(metrics_of(out)["held_out"][-1], rel=1e-4)
     moved = str(unseen.rename(tmp_path / "moved"))
-    odm.train(settings(seen, out, held_out=moved, **changes | dict(steps=301)))
-    assert metrics_of(out)["held_out"][-1] == pytest.approx(rows["held_out"][-1], rel=0.1)
+    odm.train(settings(graded, out, held_out=moved, lr=3e-3, ema=0.9, steps=151))  # no other settings
     assert "held_out" not in (odm.train(settings(graded, tmp_path / "b")) / "metrics.csv").read_text()
 
 
@@ -707,7 +654,6 @@ def test_a_run_that_fails_keeps_its_last_checkpoint(graded, tmp_path, capsys, mo
         (odm, "dm_loss", diverged, "step 4: the loss is not finite"),
         (torch, "save", full, "free some space"),
         (odm, "total_loss", lambda *_: torch.zeros(2**46), "lower --batch"),  # 256 TiB
-        (odm, "total_loss", lambda *_: np.zeros(2**46), "lower --batch"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, failing)
@@ -783,12 +729,6 @@ odm.dist.destroy_process_group()
 # ----------------------------------------------------------------------------------------- data
 
 
-def classes_of(root, *args, **kwargs):
-    """(class names, number of images of each)."""
-    _, labels, names = odm.load_images(root, 8, *args, **kwargs)
-    return names, labels.bincount(minlength=len(names)).tolist()
-
-
 def tree(root, files):
     """A folder with random images, named in a list with | between; returns root."""
     for seed, file in enumerate(files.split("|")):
@@ -836,8 +776,8 @@ INPUTS = [
      "0 1, 1 1; files not read: .jfif 2, .dcm 1"),
     ("another checkpoint.pt", "0/a.png|1/a.png|1/checkpoint.pt|.hidden/4/a.png", "", "",
      "0 1, 1 1; files not read: .pt 1"),
-    ("decimals", FIVE, table("000;2,50 001;2.5 002;02 003;+1 004;1", "image;level"), "t.csv",
-     "1 2, 2 1, 2.5 2"),
+    ("decimals", FIVE, table("000;2,50 001;2.5 002;02 003;+1 004;-1", "image;level"), "t.csv",
+     "-1 1, 1 1, 2 1, 2.5 2"),
     ("line ends of old", FIVE, table().replace(b"\n", b"\r"), "t.csv", "0 2, 1 1, 2 2"),
     ("a column twice", FIVE, table("000,1,2", "image,level,level"), "t.csv", "!no columns image,level or"),
     ("a CSV that is not named", "0/000.png|1/001.png", table(), "", "0 1, 1 1; files not read: .csv 1"),
@@ -847,12 +787,10 @@ INPUTS = [
     ("other columns", FIVE + "|e.json", table(header="Path, Mayo Score "), "t.csv|--columns=path,mayo score",
      "0 2, 1 1, 2 2; files not read: .json 1"),
     ("capitals, blanks", FIVE, table(header=" ID_code, Diagnosis"), "t.csv", "0 2, 1 1, 2 2"),
-    ("semicolons", FIVE, table().replace(b",", b";"), "t.csv", "0 2, 1 1, 2 2"),
     ("tabs, UTF-16", FIVE, table(ROWS.replace(",", "\t"), "image\tlevel", "utf-16"), "t.csv",
      "0 2, 1 1, 2 2"),
     ("IDs in other forms", "a/000.png|a/B.PNG|b/cc.jpg|d.bmp|e.1.png",
      table("000.jpeg,0 b,0 b\\CC.JPG,1 images/D.png,2 e.1,2.0"), "t.csv", "0 2, 1 1, 2 2"),
-    ("2 and 2.0", FIVE, table("000,2 001,2.0 002,1.0 003,1 004,-1"), "t.csv", "-1 1, 1 2, 2 2"),
     ("an order leaves out", FIVE, table("000,-1 001,0 002,NA 003,1 004,"), "t.csv|--order=-1,0,1",
      "-1 1, 0 1, 1 1; 2 images without a class, as 002.png"),
     ("IDs without an image", FIVE[:23], table(), "t.csv",
@@ -864,9 +802,6 @@ INPUTS = [
      "!an ID is train/a, an image a"),
     ("a name and its suffix", "a.png|a.jpg|b.jpg", table("a.jpg,0 b.jpg,1"), "t.csv",
      "0 1, 1 1; 1 images without a class, as a.png"),
-    ("no ID fits", FIVE, table("a,0 b,1"), "t.csv", "!an ID is a, an image 000.png"),
-    ("no header", FIVE, table(header="000,0"), "t.csv",
-     "!no columns image,level or id_code,diagnosis, but 000, 0"),
     ("one-hot", FIVE, table("000,0,1", "image,N,MILD"), "t.csv", "!but image, N, MILD; name two"),
     ("no such column", FIVE, table(), "t.csv|--columns=image,grade",
      "!no columns image,grade, but image, level"),
@@ -904,22 +839,16 @@ def test_runs_and_samples_of_this_program_are_passed_over(tmp_path, capsys):
     assert [path.name for path in odm.list_files(tmp_path / "x")] == ["a.png", "sample.json"]
 
 
-def test_the_grade_of_a_row_goes_to_its_image(tmp_path):
-    (tree(tmp_path, FIVE) / "t.csv").write_bytes(table(" ".join(ROWS.split(" ")[::-1])))
-    images, labels, names = odm.load_images(tmp_path / "t.csv", 8)
-    assert labels.tolist() == [0, 0, 1, 2, 2] and names == ["0", "1", "2"]
-    assert torch.equal(images[3], odm.read_square(tmp_path / "003.png", 8))
-
-
 def test_linked_folders_are_read_and_loops_do_no_harm(tmp_path):
     data = write_images(tmp_path / "data", {"0": 2, "1": 2})
     (data / "5").symlink_to(write_images(tmp_path / "outside", {"5": 3}) / "5")
     (data / "0" / "loop").symlink_to(data)
     (data / "a second name").symlink_to(data / "1")
-    assert classes_of(data) == (["0", "1", "5"], [2, 2, 3])
+    _, labels, names = odm.find_images(data)
+    assert names == ["0", "1", "5"] and labels == [0, 0, 1, 1, 2, 2, 2]
     (data / "1" / "dangling.png").symlink_to(tmp_path / "nothing")
     with pytest.raises(odm.UserError, match="dangling.png"):
-        classes_of(data)
+        odm.load_images(data)
 
 
 def test_crop_is_the_middle_128_of_a_frame_and_the_middle_square_of_others(tmp_path):
@@ -951,28 +880,25 @@ def test_pixels_are_read_right(tmp_path):
     turned.putpixel((0, 0), (255, 0, 0))
     exif[0x0112] = 6  # to be shown turned 90 degrees clockwise
     assert np.argwhere(pixels(turned, "turned.png", exif=exif) == 0).tolist() == [[0, 1, 1], [0, 1, 2]]
-    with pytest.raises(odm.UserError, match="float.tif.*32 bits"):
-        pixels(Image.fromarray(np.full((2, 2), 1.5, np.float32)), "float.tif")
-    with pytest.raises(odm.UserError, match="twelve.png.*almost black"):
-        pixels(Image.fromarray(np.array([[0, 4095]], np.uint16)), "twelve.png")
     for name, value in (("colours.png", 40000), ("dark.png", 4095)):  # which Pillow reads, but cannot write
         rgb = b"".join(b"\0" + np.full((2, 3), value, ">u2").tobytes() for _ in range(2))
         (tmp_path / name).write_bytes(png(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)) + png(
             b"IDAT", zlib.compress(rgb)) + png(b"IEND", b""))
     assert np.asarray(odm.read_image(tmp_path / "colours.png")).tolist() == [[[156] * 3] * 2] * 2
-    with pytest.raises(odm.UserError, match="dark.png.*almost black"):
-        odm.read_image(tmp_path / "dark.png")
     hidden = Image.new("RGBA", (2, 1), (200, 100, 50, 255))
     hidden.putpixel((1, 0), (200, 100, 50, 0))
     assert pixels(hidden, "hidden.png").tolist() == [[[200, 100, 50], [0, 0, 0]]]
     assert pixels(hidden.convert("LA"), "grey.png")[0, 1].tolist() == [0, 0, 0]
-    with pytest.raises(odm.UserError, match="stack.tif.*2 pictures in one file"):
-        pixels(turned, "stack.tif", save_all=True, append_images=[turned])
+    Image.fromarray(np.full((2, 2), 1.5, np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.array([[0, 4095]], np.uint16)).save(tmp_path / "twelve.png")
+    turned.save(tmp_path / "stack.tif", save_all=True, append_images=[turned])
     sixteen.save(tmp_path / "negative.tif")
     content, black_is_0 = (tmp_path / "negative.tif").read_bytes(), struct.pack("<HHIH", 262, 3, 1, 1)
     (tmp_path / "negative.tif").write_bytes(content.replace(black_is_0, struct.pack("<HHIH", 262, 3, 1, 0)))
-    with pytest.raises(odm.UserError, match="negative.tif.*white is 0"):
-        odm.read_image(tmp_path / "negative.tif")
+    for name, reason in {"float.tif": "32 bits", "twelve.png": "almost black", "dark.png": "almost black",
+                         "stack.tif": "2 pictures in one file", "negative.tif": "white is 0"}.items():
+        with pytest.raises(odm.UserError, match=f"{name}.*{reason}"):
+            odm.read_image(tmp_path / name)
     profile = np.random.default_rng(0).bytes(3_000_000)
     assert pixels(turned, "profile.png", icc_profile=profile).shape == (2, 4, 3)
 
@@ -983,34 +909,22 @@ def png(kind: bytes, content: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" * (kind == b"IHDR") + chunk
 
 
-def damaged(rng, folder):
-    """Images of many kinds: cut, a bit turned, a stretch of zeros, another header."""
-    pixels, whole = Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)), []
-    for name, image, options in (
-        ("a.png", pixels, {}), ("b.jpg", pixels, {"progressive": True}), ("c.bmp", pixels, {}),
-        ("d.tif", pixels, {"compression": "tiff_lzw"}), ("e.webp", pixels, {}), ("f.gif", pixels, {}),
-        ("g.jpg", pixels.convert("CMYK"), {}), ("h.png", pixels.resize((1, 5000)), {}),
-    ):
-        image.save(folder / name, **options)
-        whole.append((folder / name).read_bytes())
-    for damage, content, _ in itertools.product(range(4), whole, range(9)):
-        content, at = bytearray(content), rng.integers(len(content))
-        if damage == 0:
-            del content[at:]
-        elif damage == 1:
-            content[at] ^= 1 << rng.integers(8)
-        elif damage == 2:
-            content[at : at + 64] = bytes(64)
-        else:  # where sizes are claimed
-            content[rng.integers(40)] = rng.integers(256)
-        yield content
-    yield from (b"", b"text, no image", b"P6 60000 60000 255\n")
-
-
 def test_hostile_images_are_read_or_named(tmp_path):
-    """Each gives pixels or one line with its name, in bounded memory."""
+    """Cut, a bit turned, a stretch of zeros, another header: pixels, or one line with its name."""
+    rng, contents = np.random.default_rng(0), []
+    pixels = Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    for name, options in {"a.png": {}, "b.jpg": {"progressive": True}, "c.bmp": {}, "e.webp": {}, "f.gif": {},
+                          "d.tif": {"compression": "tiff_lzw"}}.items():
+        pixels.save(tmp_path / name, **options)
+        whole = (tmp_path / name).read_bytes()
+        for _ in range(12):
+            at, flipped, zeros, header = rng.integers(len(whole)), *map(bytearray, 3 * [whole])
+            flipped[at] ^= 1 << rng.integers(8)
+            zeros[at : at + 64] = bytes(64)
+            header[rng.integers(40)] = rng.integers(256)  # where sizes are claimed
+            contents += [whole[:at], flipped, zeros, header]
     read, refused = 0, []
-    for i, content in enumerate(damaged(np.random.default_rng(0), tmp_path)):
+    for i, content in enumerate([*contents, b"", b"text, no image", b"P6 60000 60000 255\n"]):
         file = tmp_path / f"{i}"
         file.write_bytes(content)
         try:
@@ -1105,7 +1019,6 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
     train, sample = train_flags(data=graded, out="x"), ["sample", "--checkpoint", run]
     for expected, argv in {
         "absent: no folder of images and no CSV": [*train, "--data", "absent"],
-        "file: no folder of images and no CSV": [*train, "--data", "file"],
         "empty holds no images": [*train, "--data", "empty"],
         "1_0.png: not readable": [*train, "--data", broken],
         "--size 7": [*train, "--size", "7"],
@@ -1189,7 +1102,6 @@ def test_damaged_and_hostile_checkpoints_are_refused(run, tmp_path, capsys):
 
 ODM_FLAGS = [odm.flag(f.name) for f in fields(odm.Config) if f.name not in ("data", "device")]
 FID_FLAGS = "--dims --weights --size --crop --order --columns -k --batch --json --no".split()
-USEFULNESS_FLAGS = [*FID_FLAGS, "--trained-on", "--neighbours"]
 
 
 def test_what_the_readme_begins_with(graded, tmp_path, capsys, monkeypatch):
@@ -1209,8 +1121,7 @@ def test_what_the_readme_begins_with(graded, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("main, words, names", [
-    (odm.main, ["train", "--data", "absent"], ODM_FLAGS), (fid.main, ["absent", "absent"], FID_FLAGS),
-    (usefulness.main, ["absent", "absent"], USEFULNESS_FLAGS)])
+    (odm.main, ["train", "--data", "absent"], ODM_FLAGS), (fid.main, ["absent", "absent"], FID_FLAGS)])
 def test_random_flags_fail_in_one_line(main, words, names, tmp_path, capsys, monkeypatch):
     """The data folder is absent, so that all of them do fail."""
     monkeypatch.chdir(tmp_path)
@@ -1225,11 +1136,6 @@ def test_random_flags_fail_in_one_line(main, words, names, tmp_path, capsys, mon
 
 
 # -------------------------------------------------------------------------------- data/demo.py
-
-
-def place(i, severities, size=32):
-    """The same place at each severity: uint8 (N, 3, size, size)."""
-    return np.stack([demo.draw(s, demo.scene(1, 0, i)[1], size).transpose(2, 0, 1) for s in severities])
 
 
 def test_a_frame_depends_on_seed_grade_and_number_alone(tmp_path):
@@ -1256,6 +1162,8 @@ def test_severity_names_its_grade_and_grades_come_as_often_as_in_limuc():
 
 
 def test_a_scene_is_the_same_at_every_size_and_severity_moves_it_one_way():
+    place = lambda i, severities, size=32: np.stack([demo.draw(s, demo.scene(1, 0, i)[1], size)
+                                                     for s in severities]).transpose(0, 3, 1, 2)
     small, large = (place(0, (0, 1.4, 2.9), size).astype(float) for size in (32, 64))
     assert abs(large.reshape(3, 3, 32, 2, 32, 2).mean((3, 5)) - small).max() < 1.5  # three roundings
     for i in range(6):
@@ -1374,8 +1282,6 @@ def test_heldout_sees_every_tenth_of_t_alike_and_each_image_by_itself():
         assert len(set(values.round(4))) == 6  # each image has t of its own
         for n, batch in ((6, 1), (6, 999), (2, 16)):  # neither the batch nor other images change them
             assert max_error(heldout.losses(ramp, GREYS[:n], CLASSES[:n], 2, batch)[band], values[:n]) < 1e-6
-        more = heldout.losses(formula(lambda t, c: 1.1 * t / 1000), GREYS, CLASSES)[band]
-        assert max_error(heldout.difference(more, values), (21, 0)) < 1e-2
 
 
 def test_heldout_standard_errors():
@@ -1388,17 +1294,14 @@ def test_heldout_standard_errors():
 
 
 def test_heldout_program(run, graded, tmp_path, capsys):
-    counts, file, tables = {"Mayo 0": 3, "Mayo 1": 2, "Mayo 2": 2, "Mayo 3": 1}, tmp_path / "numbers.json", []
+    counts, file = {"Mayo 0": 3, "Mayo 1": 2, "Mayo 2": 2, "Mayo 3": 1}, tmp_path / "numbers.json"
     unseen, state = write_images(tmp_path / "unseen", counts, 9), state_of(run)
-    for batch in (1, 999):
-        argv = [run, run, unseen, "--trained-on", graded, "--json", file, "--batch", batch, "--draws", 1]
-        assert heldout.main(list(map(str, argv))) == 0
-        said = capsys.readouterr().out.splitlines()
-        assert len(said) == 7 * 7 and all(line.startswith((str(run), " ", "Mayo", "all")) for line in said)
-        tables.append(json.loads(file.read_text()))
-    (first, second), (again, _) = tables  # one image of Mayo 3: it has no standard error
+    argv = [run, run, unseen, "--trained-on", graded, "--json", file, "--draws", 1]
+    assert heldout.main(list(map(str, argv))) == 0
+    first, second = json.loads(file.read_text())  # one image of Mayo 3: it has no standard error
+    assert f"{first['unseen']['Mayo 3']['1-50'][0]:.5f} (nan)" in capsys.readouterr().out
     for band, (value, _) in first["unseen"]["all"].items():
-        assert abs(sum(n * again["unseen"][c][band][0] for c, n in counts.items()) / 8 / value - 1) < 1e-5
+        assert abs(sum(n * first["unseen"][c][band][0] for c, n in counts.items()) / 8 / value - 1) < 1e-5
         assert [second["difference"][c][band] for c in ("all", "Mayo 3")] == [[0, 0], [0, None]]
     state["config"]["beta_T"] = 0.03
     torch.save(state, file)
@@ -1446,14 +1349,12 @@ def patched(name, tmp_path):
     file = tmp_path / f"{name}.py"
     patch = ["patch", "-o", file, HERE / "odm.py", HERE / "data" / "evidence" / f"{name}.patch"]
     subprocess.run(patch, check=True, stdout=PIPE)
-    spec = importlib.util.spec_from_file_location(name, file)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    return importlib.import_module(name)
 
 
 @pytest.mark.skipif(not shutil.which("patch"), reason="the program patch is not there")
-def test_patches_apply_and_do_what_they_say(tmp_path):
+def test_patches_apply_and_do_what_they_say(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     networks = []
     for module in (odm, patched("embedding", tmp_path), patched("number", tmp_path)):
         torch.manual_seed(0)
@@ -1495,7 +1396,6 @@ def test_frechet_closed_forms():
     shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], dtype=torch.float64)
     x, turn = normal(50, 5, 1), torch.linalg.qr(normal(5, 5, 3)).Q
     assert fid.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    assert fid.frechet_distance(x @ turn, (x + shift) @ turn) == pytest.approx(14.25, rel=1e-9)  # |shift|^2
     a, b = np.array([4.0, 1.0, 0.25, 1e-4, 0.0]), np.array([1.0, 9.0, 0.25, 0.0, 2.0])
     for n, m in ((40, 30), (6, 40)):
         x, y = with_moments(shift, a, n, 4), with_moments(0 * shift, b, m, 5)
@@ -1612,11 +1512,10 @@ def test_download(weights_64, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "WEIGHTS_URL", served.as_uri())
     with pytest.raises(odm.UserError, match=f"no network in {cached}.*fetch file:.* by other means"):
         fid.load_weights(64)  # nothing there
-    for sent in (content[:5000], turned):
-        served.write_bytes(sent)
-        with pytest.raises(odm.UserError, match="hash"):
-            fid.load_weights(64)
-        assert list(cached.parent.iterdir()) == []
+    served.write_bytes(turned)
+    with pytest.raises(odm.UserError, match="hash"):
+        fid.load_weights(64)
+    assert list(cached.parent.iterdir()) == []
     served.write_bytes(content)
     fid.load_weights(64)
     assert list(cached.parent.iterdir()) == [cached]
@@ -1727,42 +1626,30 @@ def test_quadratic_kappa_by_hand():
     assert math.isnan(usefulness.quadratic_kappa(torch.tensor([[3, 0], [0, 0]])))
 
 
-def test_ridge_penalty_has_the_least_leave_one_out_error():
-    labels, eye = torch.arange(24) % 3, torch.eye(6, dtype=torch.float64)
+def test_ridge_classifier_and_its_scores_against_fits_made_anew():
+    labels, eye = torch.arange(24) % 6 % 4 % 3, torch.eye(6, dtype=torch.float64)  # 12, 8 and 4 images
     x, target = normal(24, 6, 1), (labels[:, None] > torch.arange(2)).double()
     x[:, 0] += labels
-    total = ((x - x.mean(0)).square().sum() / 24).item()
+    weight = 1 / labels.bincount()[labels].double()[:, None] / 3  # the classes alike
+    total = (weight * (x - (weight * x).sum(0)).square()).sum().item()
 
-    def guess(rows, penalty, asked):  # equal classes: equal weights
-        a, b = x[rows] - x[rows].mean(0), target[rows] - target[rows].mean(0)
-        slope = torch.linalg.solve(a.T @ a / 24 + penalty * eye, a.T @ b / 24)
-        return target[rows].mean(0) + (asked - x[rows].mean(0)) @ slope
+    def guess(rows, penalty, asked):
+        w = weight[rows]
+        x_mean, target_mean = ((w * z[rows]).sum(0) / w.sum() for z in (x, target))
+        a, b = x[rows] - x_mean, target[rows] - target_mean
+        slope = torch.linalg.solve(a.T @ (w * a) + penalty * eye, a.T @ (w * b))
+        return target_mean + (asked - x_mean) @ slope
 
     def left_out_error(penalty):  # every fit made anew without the image that is left out
         guesses = [guess(torch.arange(24) != i, penalty, x[i]) for i in range(24)]
-        return (target - torch.stack(guesses)).square().sum().item()
+        return (weight * (target - torch.stack(guesses)).square()).sum().item()
 
     best, asked = min(total * np.logspace(-5, 0, 11), key=left_out_error), 2 * normal(5000, 6, 2)
-    expected = (guess(torch.arange(24), best, asked) > 0.5).sum(1)
+    expected, true = (guess(torch.arange(24), best, asked) > 0.5).sum(1), torch.arange(5000) % 3
     assert torch.equal(usefulness.ridge_classifier(x, labels, 3)(asked), expected)
-
-
-def test_generated_images_help_a_classifier_or_not():
-    direction = torch.nn.functional.normalize(normal(1, 40, 0), dim=1)
-
-    def draw(counts, seed):
-        labels = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
-        return normal(len(labels), 40, seed) + 3 * labels[:, None] * direction, labels
-
-    (real, labels), (x, y) = draw([200, 100, 60, 40], 1), draw([12, 6, 4, 2], 2)
-    z, asked = draw([80] * 4, 3)
-    both, wrong = torch.cat([x, z]), asked[torch.randperm(320, generator=torch.Generator().manual_seed(0))]
-    fits = (x, y), (both, torch.cat([y, asked])), (both, torch.cat([y, wrong]))
-    alone, helped, spoiled = (usefulness.classifier_score(*fit, real, labels, 4) for fit in fits)
-    assert helped["kappa"] > alone["kappa"] + 0.1 > spoiled["kappa"] + 0.2
-    shown = usefulness.ridge_classifier(x, y, 4)(real)
-    assert alone["mean_error"] == pytest.approx((shown - labels).abs().double().mean().item())
-    assert alone["top_recall"] == pytest.approx((shown[labels == 3] == 3).double().mean().item())
+    score = usefulness.classifier_score(x, labels, asked, true, 3)
+    assert score["mean_error"] == pytest.approx((expected - true).abs().double().mean().item())
+    assert score["top_recall"] == pytest.approx((expected[true == 2] == 2).double().mean().item())
 
 
 def test_copies_are_counted():

@@ -35,25 +35,29 @@ for c in range(len(names) if each else 1):
 END
 }
 
-compared() { # FILE.json...: of heldout.py, one a seed; mean and deviation of the differences over seeds
+compared() { # FILE-SEED.json... of heldout.py, DM first: differences from it, mean and deviation over seeds
     python - "$@" <<'END'
 import json, sys
+from collections import defaultdict
 from pathlib import Path
 import numpy
-seeds = [json.loads(Path(file).read_text()) for file in sys.argv[1:]]
-for rows in zip(*seeds):
-    if "difference" in rows[0]:
-        classes = list(rows[0]["difference"])
-        for name in ("all", classes[-2]):  # and the last class
-            found = numpy.array([row["difference"][name]["201-1000"][0] for row in rows])
-            spread = found.std(ddof=1) if len(found) > 1 else numpy.nan
-            network, values = rows[0]["network"], found.round(1).tolist()
-            print(f"{network}, {name}: {found.mean():+.1f} ± {spread:.1f} %, {values}")
+seeds = defaultdict(list)
+for file in sys.argv[1:]:
+    seeds[Path(file).stem.rsplit("-", 1)[1]] += json.loads(Path(file).read_text())
+first, *others = zip(*seeds.values())
+for rows in others:
+    for name in ("all", list(rows[0]["unseen"])[-2]):  # and the last class
+        loss, dm = (numpy.array([row["unseen"][name]["201-1000"][0] for row in of]) for of in (rows, first))
+        found = 100 * (loss / dm - 1)
+        spread = found.std(ddof=1) if len(found) > 1 else numpy.nan
+        network, values = rows[0]["network"], found.round(1).tolist()
+        print(f"{network}, {name}: {found.mean():+.1f} ± {spread:.1f} %, {values}")
 END
 }
 
 grade() { # what helps a rare grade? On synthetic frames and leaves
     leaves
+    patched number
     local set scale name
     for set in demo leaf; do
         for seed in $seeds; do
@@ -62,14 +66,19 @@ grade() { # what helps a rare grade? On synthetic frames and leaves
             train "grade-$set-odm-$seed" $flags
             train "grade-$set-uniform-$seed" $flags --ordinal 0 --balance uniform
             train "grade-$set-both-$seed" $flags --balance uniform
-            python data/evidence/heldout.py runs/grade-$set-{dm,odm,uniform,both}-$seed "data/$set-test" \
+            train "grade-$set-w10-$seed" $flags --ordinal 10
+            program=number/odm.py train "grade-$set-number-$seed" $flags --ordinal 0
+            python data/evidence/heldout.py runs/grade-$set-{dm,odm,uniform,both,w10}-$seed "data/$set-test" \
                 --json "samples/$set-heldout-$seed.json"
+            PYTHONPATH=number python data/evidence/heldout.py "runs/grade-$set-number-$seed" "data/$set-test" \
+                --json "samples/$set-number-$seed.json"
         done
-        compared samples/$set-heldout-*.json
-        for name in dm odm uniform both; do
-            for scale in 1 1.25 1.5; do
+        compared samples/$set-{heldout,number}-*.json
+        for scale in 1 1.25 1.5; do
+            for name in dm odm uniform both w10; do
                 severities "$set" "$scale" runs/grade-$set-$name-*
             done
+            PYTHONPATH=number severities "$set" "$scale" runs/grade-$set-number-*
         done
         python fid.py "data/$set-test" samples/grade-$set-{dm,odm,uniform,both}-*-guidance-1 $weights
     done
