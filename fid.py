@@ -237,6 +237,8 @@ def load_weights(dims: int, file: str = "") -> Inception:
         else:  # a download takes its name when it is whole and has the right hash
             state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True,
                                                        weights_only=True)
+        if any(name.startswith("AuxLogits") for name in state):
+            raise ValueError("it is torchvision's classifier, whose FID is another")
         if missing := network.load_state_dict(state, strict=False).missing_keys:  # the file has more
             raise ValueError(f"no {missing[0]}, which --dims {dims} needs")
     except Exception as error:  # a damaged file can fail anywhere within torch.load, and so can a download
@@ -319,6 +321,10 @@ def find_sets(args: argparse.Namespace) -> tuple[list[str], ImageSet, list[Image
         if len(found) > 1:
             listed = ", ".join(f"{width}x{height} ({n:,})" for (width, height), n in found.items())
             raise odm.UserError(f"{images.name}: images of several sizes, {listed}: keep those of one")
+    known = {path.resolve() for path in real.paths}
+    for images in generated:
+        if 0 < len(known.intersection(path.resolve() for path in images.paths)) < len(known):
+            raise odm.UserError(f"{images.name}: its images count as {real.name} too; keep them elsewhere")
     sides = sorted({side for size in sizes for side in size})
     if len(sides) > 1 and not args.size:
         raise odm.UserError(f"generated images have sides of {sides} pixels: give the real ones' --size")

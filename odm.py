@@ -589,7 +589,8 @@ nfc = partial(unicodedata.normalize, "NFC")  # an accented letter as one; a Mac 
 def list_files(root: Path) -> list[Path]:
     """All files below root, sorted, those in linked folders too, but not hidden ones.
 
-    It says which folders it passes over: runs and samples of this program, and links to a folder of root.
+    It says which folders it passes over: runs and samples of this program, and links to a folder within root
+    or above it.
     """
 
     def fail(error: OSError):  # a folder that may not be read must not pass for an empty one
@@ -597,7 +598,8 @@ def list_files(root: Path) -> list[Path]:
 
     found = []
     for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        second_name = os.path.islink(folder) and Path(folder).resolve().is_relative_to(root.resolve())
+        real, top = Path(folder).resolve(), root.resolve()
+        second_name = os.path.islink(folder) and (real.is_relative_to(top) or top.is_relative_to(real))
         ours = "sample.json" in files or {"checkpoint.pt", "metrics.csv"} <= set(files)
         if Path(folder) != root and (ours or second_name):
             say(f"{folder}: passed over, {'a run or samples of odm.py' if ours else 'a second name'}")
@@ -663,9 +665,9 @@ def read_squares(paths: Sequence[Path], **how) -> Tensor:
 def by_number(names: set[str]) -> dict[str, float]:
     """{name: the number in it}, ascending; {} where a name has none or several, or two have the same one.
 
-    -1, 0.5 and 10 are numbers as a whole; the hyphen of grade-1 is no minus.
+    -1, .5 and 10 are numbers as a whole; the hyphen of grade-1 is no minus.
     """
-    found = {name: re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?", name) for name in names}
+    found = {name: re.findall(r"(?:(?<!\w)-)?(?:\d+(?:\.\d+)?|(?<!\w)\.\d+)", name) for name in names}
     number = {float(numbers[0]): name for name, numbers in found.items() if len(numbers) == 1}
     return {number[n]: n for n in sorted(number)} if len(number) == len(names) else {}
 
@@ -688,10 +690,12 @@ def grades_from_csv(file: Path, paths: Sequence[Path], columns: str) -> tuple[di
     An ID fits a file if their names agree, and their folders as far as both have some.
     """
     utf16 = file.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
-    text = file.read_text("utf-16" if utf16 else "utf-8-sig", errors="replace")
+    text = nfc(file.read_text("utf-16" if utf16 else "utf-8-sig", errors="replace"))
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     try:
-        header, *rows = csv.reader(text.splitlines(), delimiter=delimiter)
+        header, *rows = csv.reader(text.splitlines(), delimiter=delimiter, strict=True)
+        if longer := [row for row in rows if any(row[len(header):])]:  # as an unquoted 1,5 makes it
+            raise ValueError(f"{delimiter.join(longer[0])[:200]}: more values than columns")
     except (csv.Error, ValueError) as error:
         raise UserError(f"{file}: not readable as a CSV ({error}); repair it") from None
     known = [name.strip().lower() for name in header]
@@ -713,7 +717,7 @@ def grades_from_csv(file: Path, paths: Sequence[Path], columns: str) -> tuple[di
         fits = [path for path in fits if re.split(r"[\\/]", id)[-1] in (path.name, path.stem)] or fits
         if len(fits) > 1:
             raise UserError(f"{file}: {id} fits {fits[0]} and {fits[1]}; put the CSV above one of them alone")
-        if re.fullmatch(r"[+-]?\d{1,9}([.,]\d+)?", grade):
+        if re.fullmatch(r"[+-]?(\d{1,9}([.,]\d+)?|[.,]\d+)", grade):
             grade = f"{float(grade.replace(',', '.')):.10g}"  # 2.0 is 2
         if not fits:
             unmatched.append(id)
@@ -758,8 +762,8 @@ def find_images(data: str | Path, order: str = "", columns: str = "") -> tuple[l
     files = list_files(root)
     paths = [path for path in files if is_image(path)]
     other_files = set(files) - set(paths) - {given}
-    others = Counter(path.suffix.lower() or path.name for path in sorted(other_files))
-    not_read = "files not read: " + ", ".join(f"{suffix} {n:,}" for suffix, n in others.most_common(8))
+    others = Counter(path.suffix.lower() or "without suffix" for path in sorted(other_files))
+    not_read = "files not read: " + ", ".join(f"{suffix} {n:,}" for suffix, n in others.most_common())
     if not paths:
         where = f"{root}, the folder of {given.name}," if by_csv else f"{root}"
         raise UserError(f"{where} holds no images ({', '.join(sorted(SUFFIXES))}); {not_read}")
@@ -773,6 +777,9 @@ def find_images(data: str | Path, order: str = "", columns: str = "") -> tuple[l
     ranked = ordered_classes(list(names_of.values()), order, data, hint)
     found = {path: [name for name in near if name in ranked] for path, near in names_of.items()}
     kept = [path for path in paths if found.get(path)]
+    if order and (unclear := [path for path in kept if len(set(found[path])) > 1]):
+        raise UserError(f"{unclear[0]}: below folders of two classes, {some_of(found[unclear[0]])}; rename "
+                        "those that are none")
     labels = [ranked.index(found[path][0]) for path in kept]
     said = [f"{data}: " + ", ".join(f"{name} {labels.count(c):,}" for c, name in enumerate(ranked))]
     if lost := sorted(set(paths) - set(kept)):
@@ -826,7 +833,8 @@ def training_data(config: Config) -> tuple[Tensor, Tensor, list[str], tuple]:
         reading["columns"] = ""
     others, their_labels, their_names = load_images(config.held_out, **reading)
     if their_names != names:
-        raise UserError(f"--held-out {config.held_out}: classes {their_names}, but --data has {names}")
+        raise UserError(f"--held-out {config.held_out}: classes {their_names}, but --data has {names}; hold "
+                        "out images of each")
     must_be_others(others, images, config.held_out)
     weights = 1 / their_labels.bincount()[their_labels]  # the classes alike
     chosen = weights.multinomial(min(64, len(others)), generator=torch.Generator().manual_seed(0))
@@ -855,6 +863,13 @@ def measure(model: UNet, alpha_bar: Tensor, images: Tensor, unseen: Sequence[Ten
     return numbers
 
 
+def digest_of(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy())
+    return digest.hexdigest()[:12] if tensors else "none"
+
+
 MAY_CHANGE = set("sample_steps guidance eta steps order out save_every sheet_every device precision "
                  "compile".split())  # when a run is resumed (--data and --order: what they lead to may not)
 
@@ -865,7 +880,7 @@ def folder_of(config: Config) -> Path:
     out = Path(config.out or Path("runs") / (data.parent if data.is_file() else data).name)
     if RANK == 0:
         if not (out / "checkpoint.pt").exists():
-            must_be_ours(out, "metrics.csv")
+            must_be_ours(out, "metrics.csv", "step,loss,dm,ordinal,")
         write_text(out / ".writable", "")
         (out / ".writable").unlink()
     return out
@@ -877,9 +892,8 @@ class Run:
     def __init__(self, out: Path, config: Config, names: list[str], labels: Tensor, images: Tensor,
                  unseen: tuple, parts: dict):
         """Load the run's own checkpoint into parts, if there is one, else --init's."""
-        digest = hashlib.sha256(images.numpy())
-        digest.update(labels.numpy())
-        self.about = dict(names=names, counts=labels.bincount().tolist(), digest=digest.hexdigest()[:12])
+        self.about = dict(names=names, counts=labels.bincount().tolist(), digest=digest_of(images, labels))
+        self.held_out = digest_of(*unseen)
         self.out, self.config, self.parts, model = out, config, parts, parts["model"]
         device, some = model.label.weight.device, torch.randperm(len(images))[:16]
         self.measured = alpha_bars(config).to(device), images[some], unseen
@@ -888,10 +902,10 @@ class Run:
         self.step, self.losses, self.text = 0, [], ""  # losses since the last row
         if self.checkpoint.exists():
             with checkpoint_at(self.checkpoint) as state:
-                there = vars(state["config"]) | {"data": [state.get(name) for name in self.about]}
-                now = vars(config) | {"data": list(self.about.values())}
-                for settings in (there, now):
-                    settings["held_out"] = bool(settings["held_out"])  # its folder may change
+                # The folders may change, what lies in them not.
+                data = [state.get(name) for name in self.about]
+                there = vars(state["config"]) | dict(data=data, held_out=state.get("held_out"))
+                now = vars(config) | dict(data=list(self.about.values()), held_out=self.held_out)
                 other = [f"{flag(name)} (there {there[name]}, now {now[name]})" for name in now
                          if there[name] != now[name] and name not in MAY_CHANGE]
                 if other:
@@ -907,7 +921,8 @@ class Run:
                 self.step, self.rows = state["step"], state["rows"]
         elif config.init:
             with checkpoint_at(config.init) as state:
-                for name in ("groups", "timesteps"):  # the weights would load, and mean something else
+                # With others the weights would load, and mean something else.
+                for name in ("groups", "timesteps", "beta_1", "beta_T"):
                     if getattr(state["config"], name) != getattr(config, name):
                         raise UserError(f"--init {config.init}: has another {flag(name)}; use the same")
                 if state["names"] != names:
@@ -947,7 +962,8 @@ class Run:
             return
         self.progress(step, self.text)
         if saving:
-            state = dict(config=asdict(config), **self.about, step=step, rows=self.rows)
+            state = dict(config=asdict(config), **self.about, step=step, rows=self.rows,
+                         held_out=self.held_out)
             state |= {name: part.state_dict() for name, part in self.parts.items()}
             write_file(self.checkpoint, partial(torch.save, state))
         if at_end or (config.sheet_every and step % config.sheet_every == 0):
@@ -1098,9 +1114,10 @@ def write_images(jobs: Sequence[tuple[Path, object]], draw: Callable, batch: int
     wait()
 
 
-def must_be_ours(out: Path, file: str) -> None:
+def must_be_ours(out: Path, file: str, beginning: str = "") -> None:
     """Refuse a folder that holds something, but not the file that this program begins with."""
-    if out.is_dir() and not (out / file).exists() and any(path.name[0] != "." for path in out.iterdir()):
+    ours = (out / file).is_file() and (out / file).read_text(errors="replace").startswith(beginning)
+    if out.is_dir() and not ours and any(path.name[0] != "." for path in out.iterdir()):
         raise UserError(f"{out}: holds other files; choose another --out, or an empty one")
 
 
@@ -1140,7 +1157,7 @@ def parse_severities(text: str, names: list[str], flag: str = "--class") -> dict
         severities = []
     if not severities or min(severities) < min(scale) or max(severities) > max(scale):
         raise UserError(f"{flag} {text}: name one of {', '.join(names)}, a severity from {min(scale):g} to "
-                        f"{max(scale):g}, or FIRST:LAST:STEP, as 0:3:0.25")
+                        f"{max(scale):g}, or FIRST:LAST:STEP, as 0:3:0.25, for at most 1,000")
     order = np.argsort(scale)
     positions = np.interp(severities, np.take(scale, order), order).tolist()
     return {names[int(position)] if position.is_integer() else f"{severity:.10g}": position
@@ -1207,7 +1224,10 @@ def start(name: str) -> torch.device:
         torch.backends.cudnn.benchmark = True  # all batches have one shape: look for the fastest kernels
     if WORLD > 1 and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=bound)
+        try:
+            dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=bound)
+        except ValueError as error:
+            raise UserError(f"WORLD_SIZE is {WORLD}: {error}; unset it, or start with torchrun") from None
     return device
 
 
@@ -1266,7 +1286,7 @@ def say(line: str) -> None:
     if RANK == 0:
         try:
             print(line, flush=True)
-        except BrokenPipeError:  # Ctrl-C ends `| tee` first, and the run must still be saved
+        except OSError:  # Ctrl-C ends `| tee` first, and the run must still be saved
             sys.stdout = open(os.devnull, "w")
 
 

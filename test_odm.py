@@ -407,8 +407,8 @@ def test_given_grades_come_from_what_was_named_and_below_it(run, tmp_path, capsy
     for seed, name in enumerate(names):
         write_image(tmp_path / "Mayo 2" / name, seed)
     (tmp_path / "Mayo 2" / "notes.txt").write_text("none")
-    below = {"a.png": "", "b.png": "Mayo 0", "c.png": "Mayo 1"}
-    for named, expected in {"Mayo 2": {**below, "a.png": "Mayo 2"}, "Mayo 2/unknown": below,
+    below = {"a.png": "", "b.png": "Mayo 0", "c.png": ""}  # where two are named, neither counts
+    for named, expected in {"Mayo 2": {**below, "a.png": "Mayo 2", "b.png": ""}, "Mayo 2/unknown": below,
                             "Mayo 2/unknown/a.png": {"a.png": ""}}.items():
         rows, said = rows_of(capsys, tmp_path / named, "--checkpoint", run)
         assert {Path(row["file"]).name: row["given"] for row in rows} == expected, named
@@ -751,8 +751,9 @@ def table(rows=ROWS, header="image,level", encoding="utf-8"):
 # What it is; the files; the CSV t.csv; flags of train; the line that train prints, or ! and its error.
 INPUTS = [
     ("numbers rank", "KL 10/a.png|KL 9/a.png|KL 2/a.png", "", "", "KL 2 1, KL 9 1, KL 10 1"),
-    ("numbers as a whole", "-2/a.png|-1/a.png|0.5/a.png", "", "", "-2 1, -1 1, 0.5 1"),
+    ("numbers as a whole", "-2/a.png|-.5/a.png|0.5/a.png", "", "", "-2 1, -.5 1, 0.5 1"),
     ("a hyphen is no minus", "KL-0/a.png|KL-1/a.png|KL-2/a.png", "", "", "KL-0 1, KL-1 1, KL-2 1"),
+    ("a dot is no point", "KL.9/a.png|KL.10/a.png", "", "", "KL.9 1, KL.10 1"),
     ("splits", "train/0/a.png|test/0/a.png|train/1/a.png|b.png", "", "",
      "0 2, 1 1; 1 images without a class, as b.png"),
     ("names", "mild/a.png|severe/a.png|x/mild/b.png|other/c.png", "", "--order=mild,severe",
@@ -762,8 +763,11 @@ INPUTS = [
     ("a mistyped order", "mild/a.png|severe/a.png", "", "--order=mild,grave",
      "!--order mild,grave must name each class once, of mild, severe"),
     ("a name twice", "a/a.png|b/a.png", "", "--order=a,b,a", "!must name each class once"),
+    ("classes on two levels", "0/1/a.png|1/2/a.png|2/0/a.png", "", "--order=0,1,2",
+     "!0/1/a.png: below folders of two classes, 0, 1; rename"),
     ("folders below classes", "0/left/a.png|1/left/a.png|1/right/b.png", "", "--order=0,1", "0 1, 1 2"),
-    ("accents of a Mac", "de\u0301but/a.png|fin/a.png", "", "--order=d\u00e9but,fin", "d\u00e9but 1, fin 1"),
+    ("accents of a Mac", "de\u0301but/a.png|fin/a.png", "", "--order=d\u00e9but,fin",
+     "d\u00e9but 1, fin 1"),
     ("two levels", "KL 0/visit 1/a.png|KL 1/visit 2/a.png", "", "",
      "!numbered folders on two levels, visit 1, visit 2 below KL 0, KL 1"),
     ("many patients above", "|".join(f"{n}/Mayo {n % 3}/a.bmp" for n in range(40)), "", "",
@@ -774,10 +778,13 @@ INPUTS = [
      "00000 1, 00001 1; files not read: .json 1"),
     ("other suffixes", "0/a.png|1/a.png|2/a.jfif|2/b.jfif|3/a.dcm", "", "",
      "0 1, 1 1; files not read: .jfif 2, .dcm 1"),
+    ("no suffix", "0/a.png|1/a.png|1/IM0001|1/IM0002", "", "", "0 1, 1 1; files not read: without suffix 2"),
     ("another checkpoint.pt", "0/a.png|1/a.png|1/checkpoint.pt|.hidden/4/a.png", "", "",
      "0 1, 1 1; files not read: .pt 1"),
-    ("decimals", FIVE, table("000;2,50 001;2.5 002;02 003;+1 004;-1", "image;level"), "t.csv",
-     "-1 1, 1 1, 2 1, 2.5 2"),
+    ("decimals", FIVE, table("000;2,50 001;2.5 002;02 003;.5 004;-1", "image;level"), "t.csv",
+     "-1 1, 0.5 1, 2 1, 2.5 2"),
+    ("an unquoted comma", FIVE, table("000,0,5 001,1 002,2,"), "t.csv", "!000,0,5: more values than columns"),
+    ("a stray quote", FIVE, b'image,level,note\n000,0,"a\n001,1,"b" c\n', "t.csv", "!t.csv: not readable"),
     ("line ends of old", FIVE, table().replace(b"\n", b"\r"), "t.csv", "0 2, 1 1, 2 2"),
     ("a column twice", FIVE, table("000,1,2", "image,level,level"), "t.csv", "!no columns image,level or"),
     ("a CSV that is not named", "0/000.png|1/001.png", table(), "", "0 1, 1 1; files not read: .csv 1"),
@@ -843,6 +850,7 @@ def test_linked_folders_are_read_and_loops_do_no_harm(tmp_path):
     data = write_images(tmp_path / "data", {"0": 2, "1": 2})
     (data / "5").symlink_to(write_images(tmp_path / "outside", {"5": 3}) / "5")
     (data / "0" / "loop").symlink_to(data)
+    (data / "0" / "up").symlink_to(tmp_path)
     (data / "a second name").symlink_to(data / "1")
     _, labels, names = odm.find_images(data)
     assert names == ["0", "1", "5"] and labels == [0, 0, 1, 1, 2, 2, 2]
@@ -1013,6 +1021,7 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
     broken = write_images(tmp_path / "broken", {"0": 1, "1": 1, "2": 1})
     (broken / "1" / "1_0.png").write_bytes(b"")
     foreign = write_images(tmp_path / "foreign", {f"Mayo {c}": 1 for c in range(4)}, seed=9)
+    (foreign / "metrics.csv").write_text("epoch,loss\n")  # another program's
     (tmp_path / "file").write_text("")
     slash = tree(tmp_path / "slash", "a.png|b.png")
     (slash / "t.csv").write_bytes(table("a,0/3 b,1/3"))
@@ -1026,11 +1035,12 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
         "--triplets: invalid choice": [*train, "--triplets", "A\nB"],
         "--triplet-part -1.0: must be from": [*train, "--triplet-part", "-1"],
         "--ema (there 0.9999, now 0.5)": [*train, "--out", run, "--ema", "0.5"],
-        "--held-out (there False, now True)": [*train, "--out", run, "--held-out", foreign],
+        "--held-out (there none, now ": [*train, "--out", run, "--held-out", foreign],
         ".writable: cannot be written": [*train, "--out", "file"],
         "foreign: holds other files": [*train, "--out", foreign],
         "--data (there": [*train, "--out", run, "--data", foreign],
         "has another --groups": [*train, "--groups", "4", "--init", run],
+        "has another --beta-T": [*train, "--beta-T", "0.03", "--init", run],
         f"{run / 'checkpoint.pt'}: no whole checkpoint": [*train, "--ch", "16", "--init", run],
         "--columns image,level: names two columns": [*train, "--columns", "image,level"],
         "--columns score: names two columns": [*train, "--data", slash / "t.csv", "--columns", "score"],
@@ -1042,7 +1052,9 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
         "--device nonsense:": [*sample, "--device", "nonsense"],
     }.items():
         assert expected in error_of(capsys, odm.main, *argv), expected
-    assert len(list(foreign.rglob("*"))) == 8  # four folders, four images and nothing else
+    assert len(list(foreign.rglob("*"))) == 9  # four folders, four images, the metrics and nothing else
+    monkeypatch.setattr(odm, "WORLD", 2)
+    assert "WORLD_SIZE is 2: " in error_of(capsys, odm.main, *train)
 
 
 def test_metrics_that_were_lost_or_changed_come_back_from_the_checkpoint(graded, tmp_path):
@@ -1494,6 +1506,9 @@ def test_load_weights_says_what_is_wrong(weights_64, tmp_path):
     with pytest.raises(odm.UserError, match="no Conv2d_3b_1x1.conv.weight, which --dims 768 needs"):
         fid.load_weights(768, str(weights_64))
     half, bad = weights_64.read_bytes()[:50_000], tmp_path / "bad.pth"
+    torch.save(network.state_dict() | {"AuxLogits.fc.bias": torch.zeros(1000)}, bad)
+    with pytest.raises(odm.UserError, match="it is torchvision's"):
+        fid.load_weights(64, str(bad))
     code = f"cos\nmkdir\n(S'{tmp_path / 'it ran'}'\ntR.".encode()  # a pickle that makes a folder
     for content in (half, b"<html>Not found</html>", code):
         bad.write_bytes(content)
@@ -1605,6 +1620,7 @@ def test_bad_input_of_fid_is_one_line_and_status_2(folders, capsys, monkeypatch)
         ("real two", "two: holds deeper folders or sets of samples, dm/Mayo 0, odm/Mayo 0: name one"),
         ("real ours", "ours: holds deeper folders or sets of samples, dm: name one"),
         ("real sizes", "sizes: images of several sizes, 16x16 (3), 64x64 (2)"),
+        ("between between/0.5", "between/0.5: its images count as between too; keep them elsewhere"),
         ("real wide", "sides of [16, 24] pixels: give the real ones' --size"),
         ("real broken", "Mayo0_2.png: not readable"),
         ("real dm --dims 2048", "no network in none.pth", "name it with --weights"),
@@ -1688,7 +1704,7 @@ def test_the_report_of_usefulness(folders, weights_64, tmp_path, capsys, monkeyp
     assert usefulness.main(["flat", "flat2", "--trained-on", "odm/1.5", *network]) == 0  # copies alone
     assert "kappa" not in capsys.readouterr().out
     for words, message in (("between", "--trained-on between: classes ['0.5', '1.5'], but REAL has ['Mayo"),
-                           ("./seen/../real", "REAL must be other images"),
+                           ("./seen/../real", "real: 20 of its 20 images are also among those trained on"),
                            ("seen --neighbours none/n.png", "none/n.png: must be a file")):
         line = error_of(capsys, usefulness.main, "real", "dm", *network, "--trained-on", *words.split())
         assert message in line, line

@@ -92,7 +92,8 @@ def given_images(network: odm.Network, images: list) -> tuple[list[Path], list[s
         if not files:
             raise odm.UserError(f"{path}: no images in it; name a folder that holds some")
         for file, names in zip(files, near):
-            given = next((name for name in names if name in network.names), "")
+            classes = set(names).intersection(network.names)
+            given = classes.pop() if len(classes) == 1 else ""  # of folders of two classes neither counts
             rows.append((file, "-".join(file.relative_to(root).with_suffix("").parts), given))
     files, titles, given = zip(*rows)
     return files, titles, given, odm.read_squares(files, size=config.size, crop=config.crop)
@@ -172,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoint", default="", help="one, or a run's folder [the newest in runs/, else data/demo.pt]")
     add("--seed", type=at_least(0), default=0, help="of the noise that reading adds [0]")
     add("--batch", type=at_least(1), default=16, help="images at once [16]; lower it where memory runs out")
+    add("--columns", help="ID,GRADE: columns of a CSV of grades [the run's]")
     add("--device", default="auto", help="cpu, cuda, ... [the GPU if there is one]")
     args = parser.parse_args(argv)
     options = {name: getattr(args, name) for name in ("severity", "at", "out") if getattr(args, name)}
@@ -180,7 +182,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table alone
-            network = odm.load_network(args.checkpoint, args.device, guidance=1.0, eta=0.0)
+            columns = {"columns": args.columns} if args.columns else {}
+            network = odm.load_network(args.checkpoint, args.device, guidance=1.0, eta=0.0, **columns)
             use = {"read": read, "move": move}[args.command]
             rows = use(network, args.images, args.seed, args.batch, **options)
         if args.command == "read" and odm.RANK == 0:

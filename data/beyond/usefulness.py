@@ -92,10 +92,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     seen, names = fid.find_real(args.trained_on, args.order, args.columns)
     if names != classes:
         raise odm.UserError(f"--trained-on {args.trained_on}: classes {names}, but REAL has {classes}")
-    if {path.resolve() for path in real.paths} & {path.resolve() for path in seen.paths}:
-        raise odm.UserError(f"--trained-on {args.trained_on}: REAL must be other images, which the generator "
-                            "did not see")
     seen.reading = real.reading
+    pixels = [odm.read_squares(images.paths, **real.reading) for images in (real, seen)]
+    odm.must_be_others(*pixels, real.name)
     network = fid.load_weights(args.dims, args.weights)
     known, x = seen.features(network, args.batch), real.features(network, args.batch)
     fits, rows, found = {seen.name: (known, seen.labels)}, [], []
