@@ -273,7 +273,9 @@ class ImageSet:
 def find_real(data: str, order: str, columns: str) -> tuple[ImageSet, list[str]]:
     """Real images and the names of their classes, none for a plain folder of images."""
     root = Path(data)
-    plain = root.is_dir() and all(path.parent == root for path in odm.list_files(root) if odm.is_image(path))
+    with contextlib.redirect_stdout(None):  # what is passed over is said below
+        files = odm.list_files(root) if root.is_dir() else []
+    plain = root.is_dir() and all(path.parent == root for path in files if odm.is_image(path))
     if plain and not order and not columns:
         images = find_generated(data, [])
         print(f"{data}: {len(images.paths):,} images without class folders, so row 'all' only")
