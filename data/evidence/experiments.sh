@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The commands behind RESULTS.md and the pictures, in parts, each of which goes on where it was stopped:
 #     bash data/evidence/experiments.sh grade earnest epochs hundred leaf-64 plane embedding preset memorise
-#     bash data/evidence/experiments.sh synthetic rivals rare knees settings large pictures
+#     bash data/evidence/experiments.sh synthetic printed rare knees settings large pictures
 # STEPS=4 EACH=4 N=40 SEEDS=0 tries a part quickly; do that in a clone of its own. data/README.md says where
 # the real images come from. OMP_NUM_THREADS=1 keeps a part to one core.
 set -euo pipefail
@@ -10,7 +10,7 @@ weights=${WEIGHTS:+--weights $WEIGHTS} # of fid.py, where they cannot be downloa
 steps=${STEPS:-1600} n=${N:-1656} seeds=${SEEDS:-0 1 2} each=${EACH:+--each $EACH}
 quarter="--triplet-part 0.25" # of each batch, as in the published rows
 at64="--size 64 --ch-mult 1,2,2,2 --attention 16 --lr 1e-3" # the small preset at the paper's size
-printed="--triplets images --distance squared --ordinal 3072" # Eq. 8 as printed
+as_printed="--triplets images --distance squared --ordinal 3072" # Eq. 8 as printed
 
 train() { # NAME FLAGS...: trains runs/NAME, by another program than odm.py where `program` names one
     python "${program:-odm.py}" train --preset small --guidance 1 --steps "$steps" --out "runs/$1" "${@:2}"
@@ -70,7 +70,7 @@ grade() { # what helps a rare grade? On synthetic frames and leaves
             program=number/odm.py train "grade-$set-number-$seed" $flags --ordinal 0
             python data/evidence/heldout.py runs/grade-$set-{dm,odm,uniform,both,w10}-$seed "data/$set-test" \
                 --json "samples/$set-heldout-$seed.json"
-            PYTHONPATH=number python data/evidence/heldout.py "runs/grade-$set-number-$seed" "data/$set-test" \
+            PYTHONPATH=number python data/evidence/heldout.py runs/grade-$set-number-$seed "data/$set-test" \
                 --json "samples/$set-number-$seed.json"
         done
         compared samples/$set-{heldout,number}-*.json
@@ -110,8 +110,10 @@ earnest() { # DM and ODM for longer, on leaves and on retinas
         compared samples/earnest-$set-heldout-*.json
         python fid.py "data/$set-test" samples/earnest-$set-{dm,odm}-[0-9] $weights
     done
-    flags="--data data/leaf --steps $((4 * steps))" # and one seed of what else might help
-    train earnest-leaf-uniform-0 $flags --ordinal 0 --balance uniform
+    flags="--data data/leaf --steps $((4 * steps))" # and what else might help
+    for seed in $seeds; do
+        train "earnest-leaf-uniform-$seed" $flags --seed "$seed" --ordinal 0 --balance uniform
+    done
     train earnest-leaf-both-0 $flags --balance uniform
     train earnest-leaf-w10-0 $flags --ordinal 10
     severities leaf 1 runs/earnest-leaf-*
@@ -177,14 +179,11 @@ synthetic() { # severities sampled, read and moved, where they are known
     python data/evidence/severity.py data/demo.pt $each
 }
 
-rivals() { # on synthetic frames: Eq. 8 as printed, and the severity fed as one number in place of the loss
-    patched number
+printed() { # Eq. 8 as printed on synthetic frames
     for seed in $seeds; do
-        train "demo-printed-$seed" --seed "$seed" $quarter $printed
-        program=number/odm.py train "demo-number-$seed" --data data/demo --seed "$seed" --ordinal 0
+        train "demo-printed-$seed" --seed "$seed" $quarter $as_printed
     done
     python data/evidence/severity.py runs/demo-printed-* $each
-    PYTHONPATH=number python data/evidence/severity.py runs/demo-number-* $each
 }
 
 rare() { # how many synthetic frames of Mayo 3 are enough, and Mayo 2 left out
@@ -229,7 +228,7 @@ settings() { # one seed of DM, ODM and other settings on radiographs, for fewer 
     patched spacing
     knee short-dm "$steps" --ordinal 0
     knee short-odm "$steps" $quarter
-    knee short-printed "$steps" $quarter $printed
+    knee short-printed "$steps" $quarter $as_printed
     knee short-images "$steps" $quarter --triplets images
     program=spacing/odm.py knee short-spacing "$steps" $quarter
     knee short-dm-uniform "$steps" --balance uniform --ordinal 0
