@@ -110,12 +110,10 @@ earnest() { # DM and ODM for longer, on leaves and on retinas
         compared samples/earnest-$set-heldout-*.json
         python fid.py "data/$set-test" samples/earnest-$set-{dm,odm}-[0-9] $weights
     done
-    flags="--data data/leaf --steps $((4 * steps))" # and what else might help
     for seed in $seeds; do
-        train "earnest-leaf-uniform-$seed" $flags --seed "$seed" --ordinal 0 --balance uniform
+        train "earnest-leaf-uniform-$seed" --data data/leaf --steps $((4 * steps)) --seed "$seed" \
+            --ordinal 0 --balance uniform
     done
-    train earnest-leaf-both-0 $flags --balance uniform
-    train earnest-leaf-w10-0 $flags --ordinal 10
     severities leaf 1 runs/earnest-leaf-*
     severities leaf 1.5 runs/earnest-leaf-{dm,odm}-*
 }
