@@ -864,6 +864,7 @@ def measure(model: UNet, alpha_bar: Tensor, images: Tensor, unseen: Sequence[Ten
 
 
 def digest_of(*tensors: Tensor) -> str:
+    """A short hash of what they hold: it tells two sets of images apart."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.numpy())
