@@ -316,17 +316,15 @@ def find_sets(args: argparse.Namespace) -> tuple[list[str], ImageSet, list[Image
     """Class names, the real images, each set of generated ones; refuses what does not fit before any work."""
     real, classes = find_real(args.real, args.order, args.columns)
     generated = [find_generated(data, classes) for data in args.generated]
-    sizes = []
+    sizes, known = [], {path.resolve() for path in real.paths}
     for images in generated:
+        if 0 < len(known.intersection(path.resolve() for path in images.paths)) < len(known):
+            raise odm.UserError(f"{images.name}: its images count as {real.name} too; keep them elsewhere")
         found = Counter(odm.read_image(path).size for path in images.paths)
         sizes += found
         if len(found) > 1:
             listed = ", ".join(f"{width}x{height} ({n:,})" for (width, height), n in found.items())
             raise odm.UserError(f"{images.name}: images of several sizes, {listed}: keep those of one")
-    known = {path.resolve() for path in real.paths}
-    for images in generated:
-        if 0 < len(known.intersection(path.resolve() for path in images.paths)) < len(known):
-            raise odm.UserError(f"{images.name}: its images count as {real.name} too; keep them elsewhere")
     sides = sorted({side for size in sizes for side in size})
     if len(sides) > 1 and not args.size:
         raise odm.UserError(f"generated images have sides of {sides} pixels: give the real ones' --size")

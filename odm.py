@@ -596,10 +596,10 @@ def list_files(root: Path) -> list[Path]:
     def fail(error: OSError):  # a folder that may not be read must not pass for an empty one
         raise error
 
-    found = []
+    found, top = [], root.resolve()
     for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        real, top = Path(folder).resolve(), root.resolve()
-        second_name = os.path.islink(folder) and (real.is_relative_to(top) or top.is_relative_to(real))
+        link = os.path.islink(folder) and Path(folder).resolve()
+        second_name = link and (link.is_relative_to(top) or top.is_relative_to(link))
         ours = "sample.json" in files or {"checkpoint.pt", "metrics.csv"} <= set(files)
         if Path(folder) != root and (ours or second_name):
             say(f"{folder}: passed over, {'a run or samples of odm.py' if ours else 'a second name'}")
@@ -873,6 +873,7 @@ def digest_of(*tensors: Tensor) -> str:
 
 MAY_CHANGE = set("sample_steps guidance eta steps order out save_every sheet_every device precision "
                  "compile".split())  # when a run is resumed (--data and --order: what they lead to may not)
+HEADER = "step,loss,dm,ordinal,grad_norm,straightness,gap"  # of metrics.csv
 
 
 def folder_of(config: Config) -> Path:
@@ -881,7 +882,7 @@ def folder_of(config: Config) -> Path:
     out = Path(config.out or Path("runs") / (data.parent if data.is_file() else data).name)
     if RANK == 0:
         if not (out / "checkpoint.pt").exists():
-            must_be_ours(out, "metrics.csv", "step,loss,dm,ordinal,")
+            must_be_ours(out, "metrics.csv", HEADER)
         write_text(out / ".writable", "")
         (out / ".writable").unlink()
     return out
@@ -898,7 +899,7 @@ class Run:
         self.out, self.config, self.parts, model = out, config, parts, parts["model"]
         device, some = model.label.weight.device, torch.randperm(len(images))[:16]
         self.measured = alpha_bars(config).to(device), images[some], unseen
-        self.rows = ["step,loss,dm,ordinal,grad_norm,straightness,gap" + ",held_out" * bool(config.held_out)]
+        self.rows = [HEADER + ",held_out" * bool(config.held_out)]
         self.checkpoint = self.out / "checkpoint.pt"
         self.step, self.losses, self.text = 0, [], ""  # losses since the last row
         if self.checkpoint.exists():

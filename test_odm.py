@@ -418,6 +418,8 @@ def test_given_grades_come_from_what_was_named_and_below_it(run, tmp_path, capsy
     rows, said = rows_of(capsys, table, "--checkpoint", run)
     assert {Path(row["file"]).stem: row["given"] for row in rows} == {"a": "Mayo 1", "b": "Mayo 3", "c": ""}
     assert "1 of 3 images have no given grade" in said
+    table.write_text(table.read_text().replace("image,level", "file,score"))
+    assert rows_of(capsys, table, "--checkpoint", run, "--columns", "file,score")[0] == rows
 
 
 def test_moved_frames_are_near_their_truth(fresh, tmp_path):
@@ -583,7 +585,7 @@ def test_more_steps_after_a_decay_take_init(graded, tmp_path, capsys):
     assert odm.main([*argv, "--out", str(tmp_path / "b"), "--init", str(tmp_path / "a")]) == 0
 
 
-def test_a_row_is_the_mean_of_the_losses_since_the_one_before(graded, tmp_path, monkeypatch, capsys):
+def test_a_row_is_the_mean_of_the_losses_since_the_one_before(graded, tmp_path, monkeypatch):
     seen, step = [], odm.training_step
     monkeypatch.setattr(odm, "training_step", lambda *args: seen.append(step(*args)) or seen[-1])
     odm.train(settings(graded, tmp_path, steps=7, log_every=3, save_every=5))
@@ -594,7 +596,7 @@ def test_a_row_is_the_mean_of_the_losses_since_the_one_before(graded, tmp_path, 
         assert max_error([row[name] for name in ("loss", "dm", "ordinal", "grad_norm")], expected) < 1e-6
 
 
-def test_held_out_is_the_loss_on_unseen_images(graded, tmp_path, capsys):
+def test_held_out_is_the_loss_on_unseen_images(graded, tmp_path):
     unseen = write_images(tmp_path / "unseen", {f"Mayo {c}": 40 - 37 * (c == 0) for c in range(4)}, 1)
     changes = dict(lr=3e-3, ema=0.9, log_every=150, save_every=150)
     out = odm.train(settings(graded, tmp_path / "run", held_out=str(unseen), steps=150, **changes))
@@ -613,9 +615,12 @@ def test_held_out_is_the_loss_on_unseen_images(graded, tmp_path, capsys):
         with torch.no_grad():
             estimate = model(x_t[None].float(), torch.tensor([t]), labels[i][None])
         losses.append((estimate[0] - eps[n]).square().mean().item())
-    assert np.mean(losses) == pytest.approx(metrics_of(out)["held_out"], rel=1e-4)
+    assert np.mean(losses) == pytest.approx(float(metrics_of(out)["held_out"]), rel=1e-4)
     moved = str(unseen.rename(tmp_path / "moved"))
     odm.train(settings(graded, out, held_out=moved, steps=151, **changes))  # no other settings
+    write_image(tmp_path / "moved" / "Mayo 0" / "other.png", 5)
+    with pytest.raises(odm.UserError, match="--held-out"):
+        odm.train(settings(graded, out, held_out=moved, steps=152, **changes))
     assert "held_out" not in (odm.train(settings(graded, tmp_path / "b")) / "metrics.csv").read_text()
 
 
@@ -922,9 +927,12 @@ def test_hostile_images_are_read_or_named(tmp_path):
     """Cut, a bit turned, a stretch of zeros, another header: pixels, or one line with its name."""
     rng, contents = np.random.default_rng(0), []
     pixels = Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
-    for name, options in {"a.png": {}, "b.jpg": {"progressive": True}, "c.bmp": {}, "e.webp": {}, "f.gif": {},
-                          "d.tif": {"compression": "tiff_lzw"}}.items():
-        pixels.save(tmp_path / name, **options)
+    for name, image, options in (
+        ("a.png", pixels, {}), ("b.jpg", pixels, {"progressive": True}), ("c.bmp", pixels, {}),
+        ("d.tif", pixels, {"compression": "tiff_lzw"}), ("e.webp", pixels, {}), ("f.gif", pixels, {}),
+        ("g.jpg", pixels.convert("CMYK"), {}), ("h.png", pixels.resize((1, 5000)), {}),
+    ):
+        image.save(tmp_path / name, **options)
         whole = (tmp_path / name).read_bytes()
         for _ in range(12):
             at, flipped, zeros, header = rng.integers(len(whole)), *map(bytearray, 3 * [whole])
@@ -1049,6 +1057,7 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
         "a severity from 0 to 3": [*sample, "--class", "4"],
         "none.pt: no whole checkpoint": ["sample", "--checkpoint", "none.pt"],
         "foreign: holds other files;": [*sample, "--out", foreign],
+        "--class: expected one argument, or --flag=VALUE where": [*sample, "--class", "-1:1:1"],
         "-n, --each, --batch: numbers of images": [*sample, "--each", "-1"],
         "--device nonsense:": [*sample, "--device", "nonsense"],
     }.items():
@@ -1115,6 +1124,7 @@ def test_damaged_and_hostile_checkpoints_are_refused(run, tmp_path, capsys):
 
 ODM_FLAGS = [odm.flag(f.name) for f in fields(odm.Config) if f.name not in ("data", "device")]
 FID_FLAGS = "--dims --weights --size --crop --order --columns -k --batch --json --no".split()
+USEFULNESS_FLAGS = [*FID_FLAGS, "--trained-on", "--neighbours"]
 
 
 def test_what_the_readme_begins_with(graded, tmp_path, capsys, monkeypatch):
@@ -1134,7 +1144,8 @@ def test_what_the_readme_begins_with(graded, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("main, words, names", [
-    (odm.main, ["train", "--data", "absent"], ODM_FLAGS), (fid.main, ["absent", "absent"], FID_FLAGS)])
+    (odm.main, ["train", "--data", "absent"], ODM_FLAGS), (fid.main, ["absent", "absent"], FID_FLAGS),
+    (usefulness.main, ["absent", "absent"], USEFULNESS_FLAGS)])
 def test_random_flags_fail_in_one_line(main, words, names, tmp_path, capsys, monkeypatch):
     """The data folder is absent, so that all of them do fail."""
     monkeypatch.chdir(tmp_path)

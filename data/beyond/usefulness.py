@@ -92,11 +92,11 @@ def evaluate(args: argparse.Namespace) -> dict:
     seen, names = fid.find_real(args.trained_on, args.order, args.columns)
     if names != classes:
         raise odm.UserError(f"--trained-on {args.trained_on}: classes {names}, but REAL has {classes}")
-    seen.reading = real.reading
     pixels = [odm.read_squares(images.paths, **real.reading) for images in (real, seen)]
     odm.must_be_others(*pixels, real.name)
     network = fid.load_weights(args.dims, args.weights)
-    known, x = seen.features(network, args.batch), real.features(network, args.batch)
+    x, known = (fid.features(part, network, args.batch, odm.progress_of(len(part), f"of {images.name}"))
+                for part, images in zip(pixels, (real, seen)))
     fits, rows, found = {seen.name: (known, seen.labels)}, [], []
     for images in generated:
         fake = images.features(network, args.batch)
