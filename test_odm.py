@@ -699,7 +699,9 @@ odm.sample("whole", n=20, batch=4, out="two")
 assert odm.main(["train", "--data", "absent"]) == 2
 odm.dist.destroy_process_group()
 """)
-    said, errors = command(*launch, "both.py", cwd=tmp_path).communicate(timeout=120)
+    process = command(*launch, "both.py", cwd=tmp_path)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
     assert said.count("trained to step 4") == 2 and said.count("20 images are in") == 1, errors
     assert errors.count("odm.py: error: absent") == 1, errors
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -179,9 +179,8 @@ synthetic() { # severities sampled, read and moved, where they are known
     for seed in $seeds; do
         train "demo-dm-$seed" --seed "$seed" --ordinal 0
         train "demo-odm-$seed" --seed "$seed" $quarter
-        train "demo-w10-$seed" --seed "$seed" $quarter --ordinal 10
     done
-    for name in dm odm w10; do
+    for name in dm odm; do
         python data/evidence/severity.py runs/demo-$name-* $each
     done
     python data/evidence/severity.py data/demo.pt $each
@@ -210,6 +209,7 @@ END
 
 knees() { # the paper's Table 1, on radiographs
     pick data/knee "$n" samples/knee-real 32
+    pick data/knee-test 400 data/knee-400 32
     for seed in $seeds; do
         knee "knee-dm-$seed" $((4 * steps)) --seed "$seed" --ordinal 0
         knee "knee-odm-$seed" $((4 * steps)) --seed "$seed" $quarter
@@ -218,29 +218,25 @@ knees() { # the paper's Table 1, on radiographs
         python odm.py sample --checkpoint runs/knee-odm-$seed -n $n --guidance 2 --out samples/s2-odm-$seed
     done
     knee knee-dm-long $((6 * steps)) --ordinal 0
-    python odm.py sample --checkpoint runs/knee-dm-0 --each $((n / 5)) --out samples/each-dm # as many of each
-    python odm.py sample --checkpoint runs/knee-odm-0 --each $((n / 5)) --out samples/each-odm
-    local all=(data/knee-test samples/knee-{dm,odm,w10}-* samples/{s2,each}-*)
+    local all=(data/knee-test samples/knee-{dm,odm,w10}-* samples/s2-*)
     python fid.py "${all[@]}" samples/knee-real $weights --json samples/knees.json
     python data/beyond/usefulness.py "${all[@]}" $weights --trained-on data/knee
 }
 
 settings() { # one seed of DM, ODM and other settings on radiographs, for fewer steps
     patched spacing
+    pick data/knee-test 400 data/knee-400 32
     knee short-dm "$steps" --ordinal 0
     knee short-odm "$steps" $quarter
     knee short-printed "$steps" $quarter $as_printed
     knee short-images "$steps" $quarter --triplets images
     program=spacing/odm.py knee short-spacing "$steps" $quarter
-    knee short-dm-uniform "$steps" --balance uniform --ordinal 0
-    knee short-odm-uniform "$steps" $quarter --balance uniform
     python fid.py data/knee-test samples/short-* $weights
 }
 
 knee() { # NAME STEPS FLAGS...: trains runs/NAME on radiographs, samples and reads
     train "$1" --data data/knee --steps "$2" "${@:3}"
     python odm.py sample --checkpoint "runs/$1" -n "$n" --out "samples/$1"
-    pick data/knee-test 400 data/knee-400 32
     python data/beyond/line.py read data/knee-400 --checkpoint "runs/$1" > "runs/$1/grades.csv"
 }
 
