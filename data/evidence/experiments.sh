@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # The commands behind RESULTS.md and the pictures, in parts, each of which goes on where it was stopped:
 #     bash data/evidence/experiments.sh grade earnest epochs hundred leaf-64 plane embedding preset memorise
-#     bash data/evidence/experiments.sh synthetic rare knees settings large pictures
+#     bash data/evidence/experiments.sh synthetic rare large pictures
 # STEPS=4 EACH=4 N=40 SEEDS=0 tries a part quickly; do that in a clone of its own. data/README.md says where
 # the real images come from. OMP_NUM_THREADS=1 keeps a part to one core.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 weights=${WEIGHTS:+--weights $WEIGHTS} # of fid.py, where they cannot be downloaded
 steps=${STEPS:-1600} n=${N:-1656} seeds=${SEEDS:-0 1 2} each=${EACH:+--each $EACH}
-quarter="--triplet-part 0.25" # of each batch, as in the published rows
 at64="--size 64 --ch-mult 1,2,2,2 --attention 16 --lr 1e-3" # the small preset at the paper's size
 as_printed="--triplets images --distance squared --ordinal 3072" # Eq. 8 as printed
 
@@ -58,6 +57,7 @@ END
 grade() { # what helps a rare grade? On synthetic frames and leaves
     leaves
     patched number
+    patched spacing
     local set scale name
     for set in demo leaf; do
         for seed in $seeds; do
@@ -75,12 +75,13 @@ grade() { # what helps a rare grade? On synthetic frames and leaves
         done
         train "grade-$set-images-0" --data "data/$set" --triplets images # one seed, as a check
         train "grade-$set-printed-0" --data "data/$set" $as_printed
+        program=spacing/odm.py train "grade-$set-spacing-0" --data "data/$set"
         train "grade-$set-longer-0" --data "data/$set" --ordinal 0 --steps $((13 * steps / 10)) # ODM's time
-        python data/evidence/heldout.py runs/grade-$set-{dm,images,printed,longer}-0 "data/$set-test" \
+        python data/evidence/heldout.py runs/grade-$set-{dm,images,printed,spacing,longer}-0 "data/$set-test" \
             --json "samples/$set-check-0.json"
         compared samples/$set-{heldout,number}-*.json
         compared samples/$set-check-0.json
-        severities "$set" 1 runs/grade-$set-{images,printed,longer}-0
+        severities "$set" 1 runs/grade-$set-{images,printed,spacing,longer}-0
         for scale in 1 1.25 1.5 2; do
             for name in dm odm uniform both w10; do
                 severities "$set" "$scale" runs/grade-$set-$name-*
@@ -101,11 +102,12 @@ earnest() { # DM and ODM for longer, on leaves, retinas and radiographs
     leaves
     python data/retina.py
     pick data/knee-test 400 data/knee-400 32
-    local set name flags test many
+    pick data/knee "$n" samples/knee-real 32
+    local set name flags test many real
     for set in leaf retina knee; do
-        flags="--data data/$set --steps $((4 * steps))" test="$set-test" many=$((n < 400 ? n : 400))
+        flags="--data data/$set --steps $((4 * steps))" test="$set-test" many=$((n < 400 ? n : 400)) real=""
         [ $set = retina ] && flags+=" --size 28 --attention 7"
-        [ $set = knee ] && test=knee-400 many=$n # the loss of 400 of them, FID of all
+        [ $set = knee ] && test=knee-400 many=$n real=samples/knee-real # the loss of 400, FID of all
         for seed in $seeds; do
             train "earnest-$set-dm-$seed" $flags --seed "$seed" --ordinal 0
             train "earnest-$set-odm-$seed" $flags --seed "$seed"
@@ -117,8 +119,11 @@ earnest() { # DM and ODM for longer, on leaves, retinas and radiographs
                 --json "samples/earnest-$set-heldout-$seed.json"
         done
         compared samples/earnest-$set-heldout-*.json
-        python fid.py "data/$set-test" samples/earnest-$set-{dm,odm}-[0-9] $weights
+        python fid.py "data/$set-test" samples/earnest-$set-{dm,odm}-[0-9] $real $weights \
+            --json "samples/earnest-$set.json"
     done
+    python data/beyond/usefulness.py data/knee-test samples/earnest-knee-{dm,odm}-[0-9] $weights \
+        --trained-on data/knee
     for seed in $seeds; do
         flags="--data data/leaf --steps $((4 * steps)) --seed $seed --balance uniform"
         train "earnest-leaf-uniform-$seed" $flags --ordinal 0
@@ -175,14 +180,11 @@ plane() { # Fig. 2 of the paper, measured; after part grade
     cp samples/plane-0.png data/plane.png
 }
 
-synthetic() { # severities sampled, read and moved, where they are known
-    for seed in $seeds; do
-        train "demo-dm-$seed" --seed "$seed" --ordinal 0
-        train "demo-odm-$seed" --seed "$seed" $quarter
-    done
-    for name in dm odm; do
-        python data/evidence/severity.py runs/demo-$name-* $each
-    done
+synthetic() { # severities sampled, read and moved, where they are known, after part grade; data/demo.pt
+    python data/evidence/severity.py runs/grade-demo-dm-* $each
+    python data/evidence/severity.py runs/grade-demo-odm-* $each
+    train demo --guidance 1.25 --steps $((3 * steps))
+    ship runs/demo data/demo.pt
     python data/evidence/severity.py data/demo.pt $each
 }
 
@@ -198,46 +200,13 @@ for name in counts:
             frame = Image.fromarray(demo.draw(*demo.scene(0, c, i)))
             odm.save_picture(frame, Path("data", name, f"Mayo {c}", f"{i:04d}.png"))
 END
-    for name in rare-20 without-2 rare-300; do
+    for name in rare-20 rare-300 without-2; do
         for seed in $seeds; do
             train "$name-dm-$seed" --data "data/$name" --seed "$seed" --ordinal 0
-            train "$name-odm-$seed" --data "data/$name" --seed "$seed" $quarter
+            train "$name-odm-$seed" --data "data/$name" --seed "$seed"
         done
-        python data/evidence/severity.py runs/$name-* $each
+        severities demo 1 runs/$name-*
     done
-}
-
-knees() { # the paper's Table 1, on radiographs
-    pick data/knee "$n" samples/knee-real 32
-    pick data/knee-test 400 data/knee-400 32
-    for seed in $seeds; do
-        knee "knee-dm-$seed" $((4 * steps)) --seed "$seed" --ordinal 0
-        knee "knee-odm-$seed" $((4 * steps)) --seed "$seed" $quarter
-        knee "knee-w10-$seed" $((4 * steps)) --seed "$seed" $quarter --ordinal 10
-        python odm.py sample --checkpoint runs/knee-dm-$seed -n $n --guidance 2 --out samples/s2-dm-$seed
-        python odm.py sample --checkpoint runs/knee-odm-$seed -n $n --guidance 2 --out samples/s2-odm-$seed
-    done
-    knee knee-dm-long $((6 * steps)) --ordinal 0
-    local all=(data/knee-test samples/knee-{dm,odm,w10}-* samples/s2-*)
-    python fid.py "${all[@]}" samples/knee-real $weights --json samples/knees.json
-    python data/beyond/usefulness.py "${all[@]}" $weights --trained-on data/knee
-}
-
-settings() { # one seed of DM, ODM and other settings on radiographs, for fewer steps
-    patched spacing
-    pick data/knee-test 400 data/knee-400 32
-    knee short-dm "$steps" --ordinal 0
-    knee short-odm "$steps" $quarter
-    knee short-printed "$steps" $quarter $as_printed
-    knee short-images "$steps" $quarter --triplets images
-    program=spacing/odm.py knee short-spacing "$steps" $quarter
-    python fid.py data/knee-test samples/short-* $weights
-}
-
-knee() { # NAME STEPS FLAGS...: trains runs/NAME on radiographs, samples and reads
-    train "$1" --data data/knee --steps "$2" "${@:3}"
-    python odm.py sample --checkpoint "runs/$1" -n "$n" --out "samples/$1"
-    python data/beyond/line.py read data/knee-400 --checkpoint "runs/$1" > "runs/$1/grades.csv"
 }
 
 ship() { # RUN FILE: its averaged weights in half precision
@@ -272,8 +241,8 @@ import json
 from pathlib import Path
 from PIL import Image, ImageDraw
 import odm
-bars = json.loads(Path("samples/knees.json").read_text())["rows"]  # FID of each grade: the paper's Fig. 4
-colours = {"samples/knee-dm-0": "steelblue", "samples/knee-odm-0": "firebrick"}
+bars = json.loads(Path("samples/earnest-knee.json").read_text())["rows"]  # FID of each grade: the paper's Fig. 4
+colours = {"samples/earnest-knee-dm-0": "steelblue", "samples/earnest-knee-odm-0": "firebrick"}
 bars = [bar for bar in bars if bar["generated"] in colours and bar["fid"] is not None]
 longest = max(bar["fid"] for bar in bars)
 picture = Image.new("RGB", (800, 60 * len(bars) + 20), "white")
