@@ -375,12 +375,6 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def positive(text: str) -> int:
-    if not 1 <= int(text) < 2**31:
-        raise ValueError
-    return int(text)
-
-
 def new_file(text: str) -> str:
     """A file that can be written, which is found out now, not after the work."""
     if text and (os.path.isdir(text) or not os.access(Path(text).parent, os.W_OK)):
@@ -397,11 +391,11 @@ def parser(program: str, doc: str) -> odm.Parser:
     add("generated", metavar="GENERATED", nargs="+", help="folders of images, or of class folders")
     add("--dims", type=int, default=2048, choices=(64, 192, 768, 2048), help="features of the network [2048]")
     add("--weights", default="", metavar="FILE", help="the network's [the public file, downloaded once]")
-    add("--size", type=positive, metavar="N", help="resize real images to N x N [that of the generated ones]")
-    add("--crop", type=positive, default=0, metavar="N", help="first cut their middle N x N, as in training")
+    add("--size", type=odm.whole(1), help="resize real images to N x N [that of the generated ones]")
+    add("--crop", type=odm.whole(1), default=0, help="first cut their middle N x N, as in training")
     add("--order", default="", metavar="A,B,...", help="class names in ascending severity")
     add("--columns", default="", metavar="ID,GRADE", help="columns of a CSV that grades the real images")
-    add("--batch", type=positive, default=16, metavar="N", help="images at a time [16]")
+    add("--batch", type=odm.whole(1), default=16, help="images at a time [16]")
     add("--json", type=new_file, default="", metavar="FILE", help="write all numbers")
     return top
 
@@ -423,7 +417,7 @@ def run(program: str, evaluate: Callable, report: Callable, args: argparse.Names
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     top = parser("fid.py", __doc__)
-    top.add_argument("-k", type=positive, default=3, metavar="N", help="neighbours in precision, recall [3]")
+    top.add_argument("-k", type=odm.whole(1), default=3, help="neighbours in precision, recall [3]")
     return run("fid.py", evaluate, report, top.parse_args(argv))
 
 

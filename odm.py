@@ -1067,8 +1067,8 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
     """
-    if min(n, each, batch) < 0 or (n and each) or max(n, each) > 10**7:
-        raise UserError("-n, --each, --batch: numbers of images, and only one of -n and --each")
+    if n and each:
+        raise UserError("-n, --each: name one of them, for all images or for those of each severity")
     network = load_network(checkpoint, device, **changes)
     model, names = network.model, network.names
     wanted, series = parse_severities(severity, names), ":" in severity
@@ -1351,6 +1351,17 @@ def ints(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if text)
 
 
+def whole(low: int, high: int = 2**31 - 1) -> Callable:
+    """The type of a flag: a whole number in this range."""
+
+    def number(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}")
+        return int(text)
+
+    return number
+
+
 def parser() -> Parser:
     top = Parser(prog="odm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
@@ -1362,12 +1373,12 @@ def parser() -> Parser:
     add = sampling.add_argument
     text = '3, "Mayo 3", 1.5 (between two), 0:3:0.25 (a series: one noise a row) or all [all]'
     add("--class", dest="severity", help=text)
-    add("-n", type=int, help="images in all, classes at their training frequencies")
-    add("--each", type=int, help="images of each severity [16 of one, else 8]")
+    add("-n", type=whole(1, 10**7), help="images in all, classes at their training frequencies")
+    add("--each", type=whole(1, 10**7), help="images of each severity [16 of one, else 8]")
     add("--out", help="folder for the images [samples/RUN-STEP]")
     add("--checkpoint", help="a checkpoint or a run's folder [the newest in runs/, else data/demo.pt]")
-    add("--seed", type=int, help="of all noise [0]")
-    add("--batch", type=int, help="images at once [16 on a CPU, else 128]; lower it where memory runs out")
+    add("--seed", type=whole(0, 2**63 - 1), help="of all noise [0]")
+    add("--batch", type=whole(1), help="images at once [16 on a CPU, else 128]; fewer take less memory")
     add("--device", help="cpu, cuda, ... [the GPU if there is one]")
     for f in fields(Config):
         text, default = f.metadata["help"], f.default

@@ -1061,7 +1061,8 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
         "none.pt: no whole checkpoint": ["sample", "--checkpoint", "none.pt"],
         "foreign: holds other files;": [*sample, "--out", foreign],
         "--class: expected one argument, or --flag=VALUE where": [*sample, "--class", "-1:1:1"],
-        "-n, --each, --batch: numbers of images": [*sample, "--each", "-1"],
+        "-n, --each: name one of them": [*sample, "--each", "1", "-n", "1"],
+        "-n: must be from 1": [*sample, "-n", "0"],
         "--device nonsense:": [*sample, "--device", "nonsense"],
     }.items():
         assert expected in error_of(capsys, odm.main, *argv), expected

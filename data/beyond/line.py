@@ -150,17 +150,6 @@ def move(network: odm.Network, images: list, seed: int = 0, batch: int = 16, sev
     return out
 
 
-def at_least(low: int):
-    """The type of a flag: a whole number from low."""
-
-    def number(text: str) -> int:
-        if not low <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {2**63 - 1}")
-        return int(text)
-
-    return number
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; exit statuses as those of odm.py."""
     parser = odm.Parser("line.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -171,8 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--at", help="the severity that images to move have [read from each]")
     add("--out", help="folder for moved images [samples/RUN-STEP-moved]")
     add("--checkpoint", default="", help="one, or a run's folder [the newest in runs/, else data/demo.pt]")
-    add("--seed", type=at_least(0), default=0, help="of the noise that reading adds [0]")
-    add("--batch", type=at_least(1), default=16, help="images at once [16]; lower it where memory runs out")
+    add("--seed", type=odm.whole(0, 2**63 - 1), default=0, help="of the noise that reading adds [0]")
+    add("--batch", type=odm.whole(1), default=16, help="images at once [16]; lower it where memory runs out")
     add("--columns", help="ID,GRADE: columns of a CSV of grades [the run's]")
     add("--device", default="auto", help="cpu, cuda, ... [the GPU if there is one]")
     args = parser.parse_args(argv)

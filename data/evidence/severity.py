@@ -200,8 +200,6 @@ def evaluate(checkpoints: list[Path], leaves: bool, brief: bool, each: int, pict
     if picture:
         return draw_picture(checkpoints[0], picture)
     each, size = each or (64 if leaves else 24), odm.load_network(checkpoints[0]).model.config.size
-    if each < 2:
-        raise odm.UserError(f"--each {each}: must be 2 or more")
     brief = brief or leaves
     data, measure = (DATA / "leaf", leaf_severity) if leaves else (DATA / "demo", demo.measure)
     if not leaves:
@@ -225,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     add("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     add("--leaves", action="store_true", help="the networks were trained on data/leaf, coffee leaves")
     add("--brief", action="store_true", help="only what samples show at each class")
-    add("--each", type=int, default=0, help="samples of each class; off to moved take half [24, leaves 64]")
+    add("--each", type=odm.whole(2), default=0, help="samples of a class; off to moved take half [24, leaves 64]")
     add("--picture", type=Path, metavar="FILE.png", help="draw this instead, for one network")
     add("--guidance", type=float, default=argparse.SUPPRESS, metavar="S", help="of the samples [the run's]")
     return odm.status_of("severity.py", lambda: evaluate(**vars(parser.parse_args(argv))))
