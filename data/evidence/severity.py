@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     add("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     add("--leaves", action="store_true", help="the networks were trained on data/leaf, coffee leaves")
     add("--brief", action="store_true", help="only what samples show at each class")
-    add("--each", type=odm.whole(2), default=0, help="samples of a class; off to moved take half [24, leaves 64]")
+    add("--each", type=odm.whole(2), default=0, help="samples of a class; off to moved: half [24, leaves 64]")
     add("--picture", type=Path, metavar="FILE.png", help="draw this instead, for one network")
     add("--guidance", type=float, default=argparse.SUPPRESS, metavar="S", help="of the samples [the run's]")
     return odm.status_of("severity.py", lambda: evaluate(**vars(parser.parse_args(argv))))
