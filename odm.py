@@ -501,8 +501,7 @@ def training_step(net: nn.Module, ema: nn.Module, optimizer: torch.optim.Adam, i
     optimizer.zero_grad()
     losses[0].backward()
     grad_norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # Ho et al.
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+    optimizer.param_groups[0]["lr"] = learning_rate(config, step)
     optimizer.step()
     keep = min(config.ema, (step + 2) / (step + 11))  # TensorFlow's: it rises, to forget the first weights
     with torch.no_grad():
@@ -549,7 +548,6 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -560,7 +558,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
 
@@ -581,7 +579,6 @@ class UserError(Exception):
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TABLES = {".csv", ".tsv", ".txt"}
-COLUMNS = ("image,level", "id_code,diagnosis")  # of EyePACS and of APTOS
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a large colour profile is no attack
 nfc = partial(unicodedata.normalize, "NFC")  # an accented letter as one; a Mac may name files with two
 
@@ -699,7 +696,7 @@ def grades_from_csv(file: Path, paths: Sequence[Path], columns: str) -> tuple[di
     except (csv.Error, ValueError) as error:
         raise UserError(f"{file}: not readable as a CSV ({error}); repair it") from None
     known = [name.strip().lower() for name in header]
-    wanted = [columns] if columns else COLUMNS
+    wanted = [columns] if columns else ["image,level", "id_code,diagnosis"]  # of EyePACS, of APTOS
     pairs = [[name.strip().lower() for name in pair.split(",")] for pair in wanted]
     pair = next((pair for pair in pairs if [known.count(name) for name in pair] == [1, 1]), None)
     if not pair:
@@ -736,7 +733,7 @@ def ordered_classes(names_of: Sequence[Sequence[str]], order: str, data: str | P
     there = set().union(*levels)
     if len(there.intersection(names)) < len(names):
         raise UserError(f"{data}: --order {order} must name each class once, of {some_of(there)}{hint}")
-    if not names and levels[0] and by_number(levels[0]) and any(
+    if not names and by_number(levels[0]) and any(
             1 < len(level) <= 12 and by_number(level) for level in levels[1:]):
         raise UserError(f"{data}: numbered folders on two levels, {some_of(levels[0])} below "
                         f"{some_of(there - levels[0])}; name the classes with --order")
@@ -756,23 +753,22 @@ def find_images(data: str | Path, order: str = "", columns: str = "") -> tuple[l
     if not (given.is_dir() or by_csv):
         raise UserError(f"{data}: no folder of images and no CSV of grades (data/README.md says where to get "
                         "some)")
-    if columns and not (by_csv and columns.count(",") == 1):
+    if columns and not by_csv:
         raise UserError(f"--columns {columns}: names two columns, ID,GRADE, of a CSV that is named itself")
     root = given.parent if by_csv else given
     files = list_files(root)
     paths = [path for path in files if is_image(path)]
-    other_files = set(files) - set(paths) - {given}
-    others = Counter(path.suffix.lower() or "without suffix" for path in sorted(other_files))
+    others = Counter(path.suffix.lower() or "without suffix" for path in files
+                     if path != given and not is_image(path))
     not_read = "files not read: " + ", ".join(f"{suffix} {n:,}" for suffix, n in others.most_common())
     if not paths:
-        where = f"{root}, the folder of {given.name}," if by_csv else f"{root}"
-        raise UserError(f"{where} holds no images ({', '.join(sorted(SUFFIXES))}); {not_read}")
+        raise UserError(f"{root} holds no images ({', '.join(sorted(SUFFIXES))}); {not_read}")
 
     if by_csv:
         names_of, unmatched = grades_from_csv(given, paths, columns)
     else:  # the folders above each image, nearest first
-        names = {path: Path(nfc(str(path.relative_to(root)))) for path in paths}
-        names_of, unmatched = {path: name.parts[-2::-1] for path, name in names.items()}, []
+        names_of = {path: [*map(nfc, path.relative_to(root).parts[-2::-1])] for path in paths}
+        unmatched = []
     hint = "; or name a CSV of grades, as --data FILE.csv" if others[".csv"] and not by_csv else ""
     ranked = ordered_classes(list(names_of.values()), order, data, hint)
     found = {path: [name for name in near if name in ranked] for path, near in names_of.items()}
@@ -809,8 +805,8 @@ def seed_of(purpose: str, *numbers: float) -> int:
 
 def must_be_others(unseen: Tensor, seen: Tensor, name: str | Path) -> None:
     """Raise UserError if an image of one set (N, 3, H, W), whose name is given, is in the other set too."""
-    known = {image.numpy().tobytes() for image in seen}
-    if twins := sum(image.numpy().tobytes() in known for image in unseen):
+    known = set(map(digest_of, seen))
+    if twins := sum(digest_of(image) in known for image in unseen):
         raise UserError(f"{name}: {twins:,} of its {len(unseen):,} images are also among those trained on; "
                         "hold out images of other patients")
 
@@ -864,10 +860,10 @@ def measure(model: UNet, alpha_bar: Tensor, images: Tensor, unseen: Sequence[Ten
 
 
 def digest_of(*tensors: Tensor) -> str:
-    """A short hash of what they hold: it tells two sets of images apart."""
+    """A short hash of what they hold: it tells two sets of images, or two networks, apart."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.numpy())
+        digest.update(tensor.contiguous().numpy(force=True))
     return digest.hexdigest()[:12] if tensors else "none"
 
 
@@ -880,11 +876,8 @@ def folder_of(config: Config) -> Path:
     """The run's folder. One that cannot be written, or holds something else, is refused before any work."""
     data = Path(config.data or "demo").resolve()
     out = Path(config.out or Path("runs") / (data.parent if data.is_file() else data).name)
-    if RANK == 0:
-        if not (out / "checkpoint.pt").exists():
-            must_be_ours(out, "metrics.csv", HEADER)
-        write_text(out / ".writable", "")
-        (out / ".writable").unlink()
+    if RANK == 0 and not (out / "checkpoint.pt").exists():
+        begin_folder(out, "metrics.csv", HEADER)
     return out
 
 
@@ -900,10 +893,9 @@ class Run:
         device, some = model.label.weight.device, torch.randperm(len(images))[:16]
         self.measured = alpha_bars(config).to(device), images[some], unseen
         self.rows = [HEADER + ",held_out" * bool(config.held_out)]
-        self.checkpoint = self.out / "checkpoint.pt"
         self.step, self.losses, self.text = 0, [], ""  # losses since the last row
-        if self.checkpoint.exists():
-            with checkpoint_at(self.checkpoint) as state:
+        if (out / "checkpoint.pt").exists():
+            with checkpoint_at(out) as state:
                 # The folders may change, what lies in them not.
                 data = [state.get(name) for name in self.about]
                 there = vars(state["config"]) | dict(data=data, held_out=state.get("held_out"))
@@ -964,10 +956,10 @@ class Run:
             return
         self.progress(step, self.text)
         if saving:
-            state = dict(config=asdict(config), **self.about, step=step, rows=self.rows,
+            state = dict(config=vars(config), **self.about, step=step, rows=self.rows,
                          held_out=self.held_out)
             state |= {name: part.state_dict() for name, part in self.parts.items()}
-            write_file(self.checkpoint, partial(torch.save, state))
+            write_file(self.out / "checkpoint.pt", partial(torch.save, state))
         if at_end or (config.sheet_every and step % config.sheet_every == 0):
             keys = [(config.seed, row) for row in range(6)]  # the same starting noise along a row
             names = self.about["names"]
@@ -1006,7 +998,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def checkpoint_at(path: str | Path):
-    """{file, sha256, config: Config, names, counts, step, ema, [model, optimizer, rows]} of a checkpoint,
+    """{file, config: Config, names, counts, step, ema, [model, optimizer, rows]} of a checkpoint,
     given its file or its run's folder; no code in it runs.
 
     Whatever is wrong with it, here or inside the `with`, is one line: damaged files raise many kinds.
@@ -1015,11 +1007,9 @@ def checkpoint_at(path: str | Path):
     if path.is_dir():
         path /= "checkpoint.pt"
     try:
-        content = path.read_bytes()  # once: training may write the file anew
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         must_be_folder_names(state["names"])
-        sha256 = hashlib.sha256(content).hexdigest()
-        yield state | dict(file=path, sha256=sha256, config=Config(**state["config"]))
+        yield state | dict(file=path, config=Config(**state["config"]))
     except Exception as error:
         if isinstance(error, UserError) or out_of_memory(error):
             raise
@@ -1037,7 +1027,7 @@ class Network:
     model: UNet
     names: list[str]  # of its classes
     counts: list[int]  # images of each that it was trained on
-    sha256: str  # of its checkpoint
+    digest: str  # of its weights
     name: str  # RUN-STEP
 
 
@@ -1054,7 +1044,7 @@ def load_network(checkpoint: str | Path = "", device: str = "auto", **changes) -
         model.load_state_dict(state["ema"])
         say(f"{file}: step {state['step']:,}, classes {', '.join(names)}")
     run = file.parent.name if file.name == "checkpoint.pt" else f"{file.parent.name}-{file.stem}"
-    return Network(model, names, state["counts"], state["sha256"], f"{run}-{state['step']}")
+    return Network(model, names, state["counts"], digest_of(*model.parameters()), f"{run}-{state['step']}")
 
 
 def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each: int = 0,
@@ -1116,25 +1106,22 @@ def write_images(jobs: Sequence[tuple[Path, object]], draw: Callable, batch: int
     wait()
 
 
-def must_be_ours(out: Path, file: str, beginning: str = "") -> None:
-    """Refuse a folder that holds something, but not the file that this program begins with."""
-    ours = (out / file).is_file() and (out / file).read_text(errors="replace").startswith(beginning)
+def begin_folder(out: Path, name: str, text: str) -> None:
+    """Begin a folder with this file; refuse one that holds something, but no such file that begins so."""
+    file = out / name
+    ours = file.is_file() and file.read_text(errors="replace").startswith(text)
     if out.is_dir() and not ours and any(path.name[0] != "." for path in out.iterdir()):
-        raise UserError(f"{out}: holds other files; choose another --out, or an empty one")
+        raise UserError(f"{out}: holds other files, or a {name} of other settings; choose another --out")
+    write_text(file, text)
 
 
 def note_settings(out: Path, network: Network, **settings) -> None:
     """Keep images of different settings apart: OUT/sample.json says what the folder's were made with."""
     if RANK == 0:
-        settings["checkpoint"] = network.sha256
+        settings["checkpoint"] = network.digest
         for name in ("guidance", "eta", "sample_steps"):
             settings[name] = getattr(network.model.config, name)
-        file, text = out / "sample.json", json.dumps(settings, indent=1)
-        if file.exists() and file.read_text(errors="replace") != text:
-            raise UserError(f"{out}: holds images of another checkpoint or other settings, see its "
-                            "sample.json; delete it or choose another --out")
-        must_be_ours(out, file.name)
-        write_text(file, text)
+        begin_folder(out, "sample.json", json.dumps(settings, indent=1))
     wait()
 
 
@@ -1148,8 +1135,7 @@ def severities_of(names: list[str]) -> list[float]:
 def parse_severities(text: str, names: list[str], flag: str = "--class") -> dict[str, float]:
     """--class as {name of the folder: position}: all, 3, "Mayo 3", 1.5 (between two classes), 0:3:0.25."""
     scale = severities_of(names)
-    named = {name: float(c) for c, name in enumerate(names) if text in ("all", name)}
-    if named:
+    if named := {name: float(c) for c, name in enumerate(names) if text in ("all", name)}:
         return named
     try:
         first, last, step = map(float, text.split(":") if ":" in text else (text, text, 1))
@@ -1323,7 +1309,7 @@ def check_config(config: Config) -> None:
         for v in value if isinstance(value, tuple) else (value,):
             if about["choices"] and v not in about["choices"]:
                 raise UserError(f"{flag(f.name)} {v}: must be {' or '.join(about['choices'])}")
-            if about["low"] is not None and not (about["low"] <= v <= about["high"] and math.isfinite(v)):
+            if about["low"] is not None and not about["low"] <= v <= about["high"]:
                 raise UserError(f"{flag(f.name)} {v}: must be from {about['low']} to {about['high']}")
     sides = [config.size >> level for level in range(len(config.ch_mult))]
     for wrong, message in (

@@ -150,13 +150,6 @@ def test_q_sample_is_equation_1_applied_t_times():
 # --------------------------------------------------------------------------------------- losses
 
 
-def by_hand(p, q, r, distance) -> float:
-    """Eq. 5 of one triplet; distances are root mean squares, or mean squares."""
-    power = 1.0 if distance == "squared" else 0.5
-    pq, qr, pr = ((a - b).square().mean().item() ** power for a, b in ((p, q), (q, r), (p, r)))
-    return (pr - (pq + qr)) ** 2
-
-
 def test_where_the_ordinal_loss_is_zero():
     """On ordered lines and, with the norm as printed, at right angles instead."""
     line, corner = torch.tensor([[[0.0, 0], [3, 0], [7, 0]], [[3, 0], [0, 0], [0, 5]]])[:, :, None]
@@ -241,6 +234,8 @@ def test_total_loss_is_equation_8(changes):
     """Against one image and one triplet at a time, with a model that is a formula."""
     direction, images = noise(5, 3, 8, 8, seed=7), noise(100, 3, 8, 8, seed=8)
     model = lambda x, t, c, root=None: 0.5 * x + direction[c] * (1 + t[:, None, None, None] / 50)
+    power = 1.0 if "distance" in changes else 0.5  # d is the mean square, or its root
+    d = lambda a, b: (a - b).square().mean().item() ** power
     for step in range(4):
         defaults = dict(ordinal=0.7, class_dropout=0.3, triplet_part=0.25)
         config, batch = drawn(step, 13, **(defaults | changes))
@@ -253,7 +248,8 @@ def test_total_loss_is_equation_8(changes):
         dm = np.mean([(eps[b] - estimates[b]).square().mean().item() for b in range(13)])
         terms = [0.0]
         if config.ordinal:
-            losses = [by_hand(*estimates[first : first + 3], config.distance) for first in (13, 16, 19)]
+            triplets = (estimates[first : first + 3] for first in (13, 16, 19))
+            losses = [(d(p, r) - d(p, q) - d(q, r)) ** 2 for p, q, r in triplets]
             terms = [config.ordinal * batch.t[g].item() / 50 * losses[g] for g in range(3)]
         found = odm.total_loss(model, x_0, eps, batch, alpha_bar, config)
         expected = [dm + np.mean(terms), dm, np.mean(terms)]
@@ -629,8 +625,7 @@ def test_held_out_images_are_others_of_the_same_classes(graded, tmp_path, capsys
     image = (graded / "Mayo 2" / "Mayo2_1.png").read_bytes()
     (twins / "Mayo 2" / "renamed.png").write_bytes(image)
     fewer = write_images(tmp_path / "fewer", {"Mayo 0": 2, "Mayo 1": 2})
-    for expected, held_out in (("20 of its 20 images are also among", graded),
-                               ("1 of its 9 images are also among", twins),
+    for expected, held_out in (("1 of its 9 images are also among", twins),
                                ("classes ['Mayo 0', 'Mayo 1'], but --data has", fewer)):
         argv = train_flags(data=graded, out=tmp_path / "run", held_out=held_out)
         assert expected in error_of(capsys, odm.main, *argv)
@@ -783,8 +778,6 @@ INPUTS = [
      "Mayo 0 14, Mayo 1 13, Mayo 2 13"),
     ("many patients below", "|".join(f"{c}/patient {n}/a.png" for n in range(15) for c in "ab"), "", "",
      "!15 folders or grades, patient 0,"),
-    ("shards and a table", "00000/a.png|00001/b.png|dataset.json", "", "",
-     "00000 1, 00001 1; files not read: .json 1"),
     ("other suffixes", "0/a.png|1/a.png|2/a.jfif|2/b.jfif|3/a.dcm", "", "",
      "0 1, 1 1; files not read: .jfif 2, .dcm 1"),
     ("no suffix", "0/a.png|1/a.png|1/IM0001|1/IM0002", "", "", "0 1, 1 1; files not read: without suffix 2"),
@@ -802,9 +795,8 @@ INPUTS = [
      "0 2, 1 1, 2 2; 1 images without a class, as unlisted.png"),
     ("other columns", FIVE + "|e.json", table(header="Path, Mayo Score "), "t.csv|--columns=path,mayo score",
      "0 2, 1 1, 2 2; files not read: .json 1"),
-    ("capitals, blanks", FIVE, table(header=" ID_code, Diagnosis"), "t.csv", "0 2, 1 1, 2 2"),
-    ("tabs, UTF-16", FIVE, table(ROWS.replace(",", "\t"), "image\tlevel", "utf-16"), "t.csv",
-     "0 2, 1 1, 2 2"),
+    ("tabs, UTF-16, capitals", FIVE,
+     table(ROWS.replace(",", "\t"), " ID_code\t Diagnosis", "utf-16"), "t.csv", "0 2, 1 1, 2 2"),
     ("IDs in other forms", "a/000.png|a/B.PNG|b/cc.jpg|d.bmp|e.1.png",
      table("000.jpeg,0 b,0 b\\CC.JPG,1 images/D.png,2 e.1,2.0"), "t.csv", "0 2, 1 1, 2 2"),
     ("an order leaves out", FIVE, table("000,-1 001,0 002,NA 003,1 004,"), "t.csv|--order=-1,0,1",
@@ -818,13 +810,12 @@ INPUTS = [
      "!an ID is train/a, an image a"),
     ("a name and its suffix", "a.png|a.jpg|b.jpg", table("a.jpg,0 b.jpg,1"), "t.csv",
      "0 1, 1 1; 1 images without a class, as a.png"),
-    ("one-hot", FIVE, table("000,0,1", "image,N,MILD"), "t.csv", "!but image, N, MILD; name two"),
     ("no such column", FIVE, table(), "t.csv|--columns=image,grade",
-     "!no columns image,grade, but image, level"),
+     "!no columns image,grade, but image, level; name two"),
     ("a second grade", FIVE, table(ROWS + " 000.png,1"), "t.csv", "!000.png a second grade"),
     ("a quote without end", FIVE, b'image,level\n"' + 200_000 * b"x", "t.csv", "!t.csv: not readable as"),
     ("an empty CSV", FIVE, b"\n", "t.csv", "!t.csv: no columns"),
-    ("no image", "a.jfif", table(), "t.csv", "!data, the folder of t.csv, holds no images .*.jfif 1"),
+    ("no image", "a.jfif", table(), "t.csv", "!data holds no images .*.jfif 1"),
     ("one class", "0/a.png|0/b.png", "", "", "!1 folders or grades, 0: not two or more classes"),
 ]
 
@@ -1048,18 +1039,15 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
         "--triplet-part -1.0: must be from": [*train, "--triplet-part", "-1"],
         "--ema (there 0.9999, now 0.5)": [*train, "--out", run, "--ema", "0.5"],
         "--held-out (there none, now ": [*train, "--out", run, "--held-out", foreign],
-        ".writable: cannot be written": [*train, "--out", "file"],
+        "metrics.csv: cannot be written": [*train, "--out", "file"],
         "foreign: holds other files": [*train, "--out", foreign],
         "--data (there": [*train, "--out", run, "--data", foreign],
         "has another --groups": [*train, "--groups", "4", "--init", run],
-        "has another --beta-T": [*train, "--beta-T", "0.03", "--init", run],
         f"{run / 'checkpoint.pt'}: no whole checkpoint": [*train, "--ch", "16", "--init", run],
         "--columns image,level: names two columns": [*train, "--columns", "image,level"],
-        "--columns score: names two columns": [*train, "--data", slash / "t.csv", "--columns", "score"],
         "'0/3' cannot be the name of a folder": [*train, "--data", slash / "t.csv", "--order", "0/3,1/3"],
         "a severity from 0 to 3": [*sample, "--class", "4"],
         "none.pt: no whole checkpoint": ["sample", "--checkpoint", "none.pt"],
-        "foreign: holds other files;": [*sample, "--out", foreign],
         "--class: expected one argument, or --flag=VALUE where": [*sample, "--class", "-1:1:1"],
         "-n, --each: name one of them": [*sample, "--each", "1", "-n", "1"],
         "-n: must be from 1": [*sample, "-n", "0"],
@@ -1072,14 +1060,12 @@ def test_bad_input_is_one_line_and_status_2(run, graded, tmp_path, capsys, monke
 
 
 def test_metrics_that_were_lost_or_changed_come_back_from_the_checkpoint(graded, tmp_path):
-    whole = (odm.train(settings(graded, tmp_path / "whole")) / "metrics.csv").read_text()
-    file = odm.train(settings(graded, tmp_path / "run", steps=4)) / "metrics.csv"
-    file.write_text(file.read_text().replace(",", ";"))
-    odm.train(settings(graded, tmp_path / "run"))
-    assert file.read_text() == whole
-    file.unlink()
-    odm.train(settings(graded, tmp_path / "run"))  # nothing left to do
-    assert file.read_text() == whole
+    file = odm.train(settings(graded, tmp_path)) / "metrics.csv"
+    whole = file.read_text()
+    for damage in (lambda: file.write_text(whole.replace(",", ";")), file.unlink):
+        damage()
+        odm.train(settings(graded, tmp_path))  # nothing left to do
+        assert file.read_text() == whole
 
 
 def test_file_names_that_the_terminal_cannot_show(tmp_path):

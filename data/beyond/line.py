@@ -10,7 +10,6 @@ grade `given` by the nearest folder that is named like a class, from the folder 
 import argparse
 import contextlib
 import csv
-import hashlib
 import sys
 from pathlib import Path
 
@@ -131,8 +130,7 @@ def move(network: odm.Network, images: list, seed: int = 0, batch: int = 16, sev
     if len(set(titles)) < len(titles):
         raise odm.UserError(f"{max(titles, key=titles.count)}: two images would get this name; rename one")
     out, config = Path(out or f"samples/{network.name}-moved"), network.model.config
-    digest = hashlib.sha256(pixels.numpy()).hexdigest()
-    odm.note_settings(out, network, seed=seed, at=at, images=digest)
+    odm.note_settings(out, network, seed=seed, at=at, images=odm.digest_of(pixels))
     own = torch.tensor(given_at * len(files)) if at else positions_of(network, pixels, seed, batch).float()
     jobs = [(out / name / f"{title}.png", (image, position, torch.tensor(to)))
             for name, to in wanted.items() for title, image, position in zip(titles, pixels, own)]
