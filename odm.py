@@ -423,7 +423,7 @@ class Batch:
     noise, t, flip and dropout mask of image g, its root, and is labelled with its class and two others.
     By default its rows show the root itself, one x_t under three labels. This is ours. Eqs. 4 to 7 print
     x_{t,p}, x_{t,q}, x_{t,r}, as if each row showed an image of its class (`--triplets images`). But each
-    estimate then carries its own image's error as well, and in a trial the severity was lost.
+    estimate then carries its own image's error as well, and in trials two classes came out alike.
     """
 
     image: Tensor  # (R,) indices into the data set

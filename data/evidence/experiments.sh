@@ -103,11 +103,11 @@ earnest() { # DM and ODM for longer, on leaves, retinas and radiographs
     python data/retina.py
     pick data/knee-test 400 data/knee-400 32
     pick data/knee "$n" samples/knee-real 32
-    local set name flags test many real
+    local set name flags test many others
     for set in leaf retina knee; do
-        flags="--data data/$set --steps $((4 * steps))" test="$set-test" many=$((n < 400 ? n : 400)) real=""
+        flags="--data data/$set --steps $((4 * steps))" test="$set-test" many=$((n < 400 ? n : 400)) others=""
         [ $set = retina ] && flags+=" --size 28 --attention 7"
-        [ $set = knee ] && test=knee-400 many=$n real=samples/knee-real # the loss of 400, FID of all
+        [ $set = knee ] && test=knee-400 many=$n # the loss of 400, FID of all
         for seed in $seeds; do
             train "earnest-$set-dm-$seed" $flags --seed "$seed" --ordinal 0
             train "earnest-$set-odm-$seed" $flags --seed "$seed"
@@ -119,7 +119,12 @@ earnest() { # DM and ODM for longer, on leaves, retinas and radiographs
                 --json "samples/earnest-$set-heldout-$seed.json"
         done
         compared samples/earnest-$set-heldout-*.json
-        python fid.py "data/$set-test" samples/earnest-$set-{dm,odm}-[0-9] $real $weights \
+        if [ $set = knee ]; then
+            train earnest-knee-long --data data/knee --steps $((52 * steps / 10)) --ordinal 0 # ODM's time
+            python odm.py sample --checkpoint runs/earnest-knee-long -n "$n" --out samples/earnest-knee-long
+            others="samples/earnest-knee-long samples/knee-real"
+        fi
+        python fid.py "data/$set-test" samples/earnest-$set-{dm,odm}-[0-9] $others $weights \
             --json "samples/earnest-$set.json"
     done
     python data/beyond/usefulness.py data/knee-test samples/earnest-knee-{dm,odm}-[0-9] $weights \
@@ -203,7 +208,7 @@ END
     for name in rare-20 rare-300 without-2; do
         for seed in $seeds; do
             train "$name-dm-$seed" --data "data/$name" --seed "$seed" --ordinal 0
-            train "$name-odm-$seed" --data "data/$name" --seed "$seed"
+            train "$name-odm-$seed" --data "data/$name" --seed "$seed" --triplet-part 0.25
         done
         severities demo 1 runs/$name-*
     done
@@ -237,20 +242,24 @@ pictures() { # those of README and of this folder
     python odm.py sample --checkpoint data/knee.pt --class 0:4:1 --each 3 --out samples/knee-sheet
     cp samples/knee-sheet/sheet.png data/knee.png
     python - <<'END'
-import json
+import json, re
 from pathlib import Path
+import numpy
 from PIL import Image, ImageDraw
 import odm
-bars = json.loads(Path("samples/earnest-knee.json").read_text())["rows"]  # FID of each grade: the paper's Fig. 4
-colours = {"samples/earnest-knee-dm-0": "steelblue", "samples/earnest-knee-odm-0": "firebrick"}
-bars = [bar for bar in bars if bar["generated"] in colours and bar["fid"] is not None]
-longest = max(bar["fid"] for bar in bars)
+bars = {}  # FID of each grade, a value a seed: the paper's Fig. 4
+for row in json.loads(Path("samples/earnest-knee.json").read_text())["rows"]:
+    model = re.search(r"-(dm|odm)-\d$", row["generated"])
+    if model and row["fid"] is not None:
+        bars.setdefault((row["class"], model[1].upper()), []).append(row["fid"])
+scale = 700 / max(map(max, bars.values()))
 picture = Image.new("RGB", (800, 60 * len(bars) + 20), "white")
 pen = ImageDraw.Draw(picture)
-for y, bar in zip(range(10, picture.height, 60), bars):
-    text = f"{bar['class']}, {bar['generated']}: FID {bar['fid']:.4g}"
+for y, ((grade, model), fids) in zip(range(10, picture.height, 60), bars.items()):
+    text = f"{grade}, {model}: FID {numpy.mean(fids):.1f} ({', '.join(f'{fid:.1f}' for fid in fids)})"
     pen.text((20, y), text, "black", font_size=18)
-    pen.rectangle((20, y + 24, 20 + 700 * bar["fid"] / longest, y + 48), colours[bar["generated"]])
+    colour = "steelblue" if model == "DM" else "firebrick"
+    pen.rectangle((20, y + 24, 20 + scale * numpy.mean(fids), y + 48), colour)
 odm.save_picture(picture, Path("data/evidence/bars.png"))
 END
 }
