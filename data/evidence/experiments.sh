@@ -83,9 +83,12 @@ grade() { # what helps a rare grade? On synthetic frames and leaves
         compared samples/$set-check-0.json
         severities "$set" 1 runs/grade-$set-{images,printed,spacing,longer}-0
         for scale in 1 1.25 1.5 2; do
-            for name in dm odm uniform both w10; do
+            for name in dm odm uniform both; do
                 severities "$set" "$scale" runs/grade-$set-$name-*
             done
+        done
+        for scale in 1 1.5; do
+            severities "$set" "$scale" runs/grade-$set-w10-*
             PYTHONPATH=number severities "$set" "$scale" runs/grade-$set-number-*
         done
         python fid.py "data/$set-test" samples/grade-$set-{dm,odm,uniform,both}-*-guidance-{1,1.5} $weights
@@ -132,7 +135,6 @@ earnest() { # DM and ODM for longer, on leaves, retinas and radiographs
     for seed in $seeds; do
         flags="--data data/leaf --steps $((4 * steps)) --seed $seed --balance uniform"
         train "earnest-leaf-uniform-$seed" $flags --ordinal 0
-        train "earnest-leaf-both-$seed" $flags
     done
     severities leaf 1 runs/earnest-leaf-*
     severities leaf 1.5 runs/earnest-leaf-*
