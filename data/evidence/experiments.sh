@@ -67,21 +67,21 @@ grade() { # what helps a rare grade? On synthetic frames and leaves
             train "grade-$set-uniform-$seed" $flags --ordinal 0 --balance uniform
             train "grade-$set-both-$seed" $flags --balance uniform
             train "grade-$set-w10-$seed" $flags --ordinal 10
+            train "grade-$set-longer-$seed" $flags --ordinal 0 --steps $((13 * steps / 10)) # ODM's time
             program=number/odm.py train "grade-$set-number-$seed" $flags --ordinal 0
-            python data/evidence/heldout.py runs/grade-$set-{dm,odm,uniform,both,w10}-$seed "data/$set-test" \
-                --json "samples/$set-heldout-$seed.json"
+            python data/evidence/heldout.py runs/grade-$set-{dm,odm,uniform,both,w10,longer}-$seed \
+                "data/$set-test" --json "samples/$set-heldout-$seed.json"
             PYTHONPATH=number python data/evidence/heldout.py runs/grade-$set-number-$seed "data/$set-test" \
                 --json "samples/$set-number-$seed.json"
         done
         train "grade-$set-images-0" --data "data/$set" --triplets images # one seed, as a check
         train "grade-$set-printed-0" --data "data/$set" $as_printed
         program=spacing/odm.py train "grade-$set-spacing-0" --data "data/$set"
-        train "grade-$set-longer-0" --data "data/$set" --ordinal 0 --steps $((13 * steps / 10)) # ODM's time
-        python data/evidence/heldout.py runs/grade-$set-{dm,images,printed,spacing,longer}-0 "data/$set-test" \
+        python data/evidence/heldout.py runs/grade-$set-{dm,images,printed,spacing}-0 "data/$set-test" \
             --json "samples/$set-check-0.json"
         compared samples/$set-{heldout,number}-*.json
         compared samples/$set-check-0.json
-        severities "$set" 1 runs/grade-$set-{images,printed,spacing,longer}-0
+        severities "$set" 1 runs/grade-$set-{images,printed,spacing}-0 runs/grade-$set-longer-*
         for scale in 1 1.25 1.5 2; do
             for name in dm odm uniform both; do
                 severities "$set" "$scale" runs/grade-$set-$name-*
