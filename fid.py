@@ -258,11 +258,15 @@ class ImageSet:
     name: str  # their folder or CSV, as it was given
     paths: list[Path]
     labels: Tensor  # (N,) indices of class names; (0,) where there are no classes
-    reading: dict = field(default_factory=dict)  # size and crop of odm.read_square
+    reading: dict = field(default_factory=dict)  # size and crop of odm.read_square; {}: images as they are
 
     def features(self, network: Inception, batch_size: int) -> Tensor:
         """Those of all images, (N, dims)."""
-        images = odm.read_squares(self.paths, **self.reading)
+        if self.reading:
+            images = odm.read_squares(self.paths, **self.reading)
+        else:
+            pixels = (np.array(odm.read_image(path)) for path in self.paths)
+            images = (torch.from_numpy(image).permute(2, 0, 1) for image in pixels)
         return features(images, network, batch_size, odm.progress_of(len(self.paths), f"of {self.name}"))
 
 
@@ -326,7 +330,7 @@ def find_sets(args: argparse.Namespace) -> tuple[list[str], ImageSet, list[Image
         raise odm.UserError(f"generated images have sides of {sides} pixels: give the real ones' --size")
     real.reading = dict(size=args.size or sides[0], crop=args.crop)
     for images, (width, height) in zip(generated, sizes):
-        images.reading = dict(size=width) if width == height else real.reading  # not square: cut like REAL
+        images.reading = {} if width == height else real.reading  # what is not square is cut like REAL
     return classes, real, generated
 
 

@@ -873,7 +873,7 @@ HEADER = "step,loss,dm,ordinal,grad_norm,straightness,gap"  # of metrics.csv
 
 
 def folder_of(config: Config) -> Path:
-    """The run's folder. One that cannot be written, or holds something else, is refused before any work."""
+    """The run's folder. A new one that cannot be written or holds other files is refused before any work."""
     data = Path(config.data or "demo").resolve()
     out = Path(config.out or Path("runs") / (data.parent if data.is_file() else data).name)
     if RANK == 0 and not (out / "checkpoint.pt").exists():
@@ -1057,8 +1057,8 @@ def sample(checkpoint: str | Path = "", severity: str = "all", n: int = 0, each:
     0:3:0.25 on (seed, i), so that a row of the sheet shows one starting noise at rising severity.
     changes: sample_steps, guidance, eta, precision, compile, where they differ from the run's.
     """
-    if n and each:
-        raise UserError("-n, --each: name one of them, for all images or for those of each severity")
+    if min(n, each, batch) < 0 or (n and each) or max(n, each) > 10**7:
+        raise UserError("-n, --each, --batch: numbers of images, and only one of -n and --each")
     network = load_network(checkpoint, device, **changes)
     model, names = network.model, network.names
     wanted, series = parse_severities(severity, names), ":" in severity
@@ -1112,7 +1112,8 @@ def begin_folder(out: Path, name: str, text: str) -> None:
     ours = file.is_file() and file.read_text(errors="replace").startswith(text)
     if out.is_dir() and not ours and any(path.name[0] != "." for path in out.iterdir()):
         raise UserError(f"{out}: holds other files, or a {name} of other settings; choose another --out")
-    write_text(file, text)
+    if not ours:
+        write_text(file, text)
 
 
 def note_settings(out: Path, network: Network, **settings) -> None:
@@ -1359,8 +1360,8 @@ def parser() -> Parser:
     add = sampling.add_argument
     text = '3, "Mayo 3", 1.5 (between two), 0:3:0.25 (a series: one noise a row) or all [all]'
     add("--class", dest="severity", help=text)
-    add("-n", type=whole(1, 10**7), help="images in all, classes at their training frequencies")
-    add("--each", type=whole(1, 10**7), help="images of each severity [16 of one, else 8]")
+    add("-n", type=whole(1), help="images in all, classes at their training frequencies")
+    add("--each", type=whole(1), help="images of each severity [16 of one, else 8]")
     add("--out", help="folder for the images [samples/RUN-STEP]")
     add("--checkpoint", help="a checkpoint or a run's folder [the newest in runs/, else data/demo.pt]")
     add("--seed", type=whole(0, 2**63 - 1), help="of all noise [0]")

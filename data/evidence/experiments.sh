@@ -81,7 +81,8 @@ grade() { # what helps a rare grade? On synthetic frames and leaves
             --json "samples/$set-check-0.json"
         compared samples/$set-{heldout,number}-*.json
         compared samples/$set-check-0.json
-        severities "$set" 1 runs/grade-$set-{images,printed,spacing}-0 runs/grade-$set-longer-*
+        severities "$set" 1 runs/grade-$set-{images,printed,spacing}-0
+        severities "$set" 1 runs/grade-$set-longer-*
         for scale in 1 1.25 1.5 2; do
             for name in dm odm uniform both; do
                 severities "$set" "$scale" runs/grade-$set-$name-*
@@ -133,11 +134,13 @@ earnest() { # DM and ODM for longer, on leaves, retinas and radiographs
     python data/beyond/usefulness.py data/knee-test samples/earnest-knee-{dm,odm}-[0-9] $weights \
         --trained-on data/knee
     for seed in $seeds; do
-        flags="--data data/leaf --steps $((4 * steps)) --seed $seed --balance uniform"
-        train "earnest-leaf-uniform-$seed" $flags --ordinal 0
+        train "earnest-leaf-uniform-$seed" --data data/leaf --steps $((4 * steps)) --seed "$seed" \
+            --ordinal 0 --balance uniform
     done
-    severities leaf 1 runs/earnest-leaf-*
-    severities leaf 1.5 runs/earnest-leaf-*
+    for name in dm odm uniform; do
+        severities leaf 1 runs/earnest-leaf-$name-*
+        severities leaf 1.5 runs/earnest-leaf-$name-*
+    done
 }
 
 epochs() { # as the paper, which sees each image 567 times: 400 small radiographs, 560 times
@@ -187,11 +190,9 @@ plane() { # Fig. 2 of the paper, measured; after part grade
     cp samples/plane-0.png data/plane.png
 }
 
-synthetic() { # severities sampled, read and moved, where they are known, after part grade; data/demo.pt
+synthetic() { # severities sampled, read and moved, where they are known; after part grade
     python data/evidence/severity.py runs/grade-demo-dm-* $each
     python data/evidence/severity.py runs/grade-demo-odm-* $each
-    train demo --guidance 1.25 --steps $((3 * steps))
-    ship runs/demo data/demo.pt
     python data/evidence/severity.py data/demo.pt $each
 }
 
